@@ -1,0 +1,51 @@
+"""Every tolerance of the suite, by package, with its reason. Append; do not reorder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CONTROL: dict[str, Any] = {
+    # float64 recursion against itself in another form; up to 6 layers, condition up to about 1e4
+    "recursion": {"rtol": 1e-8, "atol": 1e-10},
+    # least squares over the horizon: its own error is the condition of √Q blocks up to 3^6 apart
+    "horizon": {"rtol": 1e-7, "atol": 1e-9},
+    # scipy's and slycot's algebraic solvers, relative to the largest entry
+    "algebraic": 1e-11,
+    # two orders of rounding of one formula, relative to the largest entry
+    "identity": 1e-12,
+    # least eigenvalue of S, as a share of the largest: rounding of a symmetric eigensolver
+    "negative": 1e-13,
+    # output regulation by products against the dense recursion, relative to the largest entry
+    "matrix_free": 1e-10,
+    # the same where each product is rounded to float32 (6e-8)
+    "matrix_free_float32": 1e-5,
+    # central differences at step 1e-5 in float64: truncation 1e-10, rounding 1e-11 of each entry
+    "finite_difference": 1e-7,
+}
+
+PLANT: dict[str, Any] = {
+    # float32 against itself with another attention kernel or another batch shape; logits of size 1 to 5
+    "float32": {"rtol": 1e-4, "atol": 2e-5},
+    # Jacobians in float64 where every operation is (gpt2), relative to the norm
+    "jacobian_float64": 1e-13,
+    # the same through norms and softmaxes that compute in float32 (6e-8), jvp against vjp
+    "jacobian_mixed": 2e-6,
+    # float32 Jacobian against autograd through the whole sequence, relative to the norm
+    "jacobian_float32": 1e-5,
+    # central differences at step 1e-2 through float32 norms: rounding 6e-8 · |f| / 1e-2, truncation step²
+    "finite_difference": 2e-3,
+    # the same at step 1e-4 in float64 throughout: truncation 1e-8 of a third derivative, rounding 1e-12
+    "finite_difference_float64": 1e-7,
+}
+
+KERNELS: dict[str, Any] = {
+    # float32 sums of up to 4096 terms (cascaded, so far below 4096 · 6e-8), relative to the largest term they could reach
+    "float32": 3e-6,
+    "float64": 1e-14,
+    # storing y: half a unit in the last place, relative to the element
+    "stored": {"float64": 1.2e-16, "float32": 6e-8, "bfloat16": 2**-8 * 1.01, "float16": 2**-11 * 1.01},
+    # Triton's interpreter truncates where a GPU rounds: a whole unit in the last place
+    "stored_interpreted": {"float32": 6e-8, "bfloat16": 2**-7, "float16": 2**-10},
+    # a bound on effort, relative: the rounding of one float32 norm, product and quotient
+    "bound": 2e-6,
+}
