@@ -39,7 +39,7 @@ PLANT: dict[str, Any] = {
 }
 
 KERNELS: dict[str, Any] = {
-    # float32 sums of up to 4096 terms (cascaded, so far below 4096 · 6e-8), relative to the largest term they could reach
+    # float32 sums of up to 4096 terms (cascaded, so far below 4096 · 6e-8), relative to the largest they could reach
     "float32": 3e-6,
     "float64": 1e-14,
     # storing y: half a unit in the last place, relative to the element
@@ -48,4 +48,39 @@ KERNELS: dict[str, Any] = {
     "stored_interpreted": {"float32": 6e-8, "bfloat16": 2**-7, "float16": 2**-10},
     # a bound on effort, relative: the rounding of one float32 norm, product and quotient
     "bound": 2e-6,
+}
+
+CORE: dict[str, Any] = {
+    # a law against its closed form, and a method against its formula along four layers, float64: tens of roundings
+    "law": {"rtol": 1e-12, "atol": 1e-12},
+    # the same where the law is resident in float32
+    "float32": {"rtol": 1e-5, "atol": 1e-6},
+    # bound on effort, relative: rounding of one norm and one product
+    "bound": 1e-12,
+    # a mean of float32 states against float64 sums, and the planted direction it should be
+    "mean": {"rtol": 1e-5, "atol": 1e-6},
+    # perplexity: float32 logits of a padded batch against one token at a time, relative
+    "perplexity": 1e-4,
+    # a closed formula against scipy's, both float64
+    "interval": 1e-12,
+}
+
+DEMO: dict[str, Any] = {
+    # judges against the generator's latents over 400 answers: 1 % of sentences are noise, and an answer may by chance
+    # express nothing (three sentences in ten thousand cases of six)
+    "judge_agreement": 0.98,
+    # share of known trigrams against a table of 3,000 documents (measured .85); 30,000 raise it to .96
+    "fluency_fresh": 0.8,
+    "fluency_shuffled": 0.35,
+    # nats per token of the answers, three batches; an untrained model has 7.6
+    "held_out_loss": 1.0,
+    # share of 24 answers that do what the system prompt asks; the gate measures 96 and asks for more
+    "asked": 0.6,
+    # of 24 harmful requests, how many more are refused than of 24 harmless ones
+    "refusal_gap": 18,
+}
+
+RUNTIME: dict[str, Any] = {
+    # float32 log-probabilities through 3 layers, packed and batched against one at a time; logits of size 1 to 5
+    "logprob": 1e-4,
 }

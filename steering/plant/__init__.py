@@ -1,0 +1,1 @@
+"""Any Hugging Face decoder: its taps, its states, its Jacobians. Hooks and transformers live here."""
