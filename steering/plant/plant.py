@@ -168,15 +168,16 @@ class Plant:
         """`steering.plant.taps.tap` with this plant's layout, on one of its shells."""
         return tap(shell, self.layout, site, fn)
 
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], *, open_end: bool = False) -> list[int]:
         """Token ids of a text (with the tokenizer's special tokens) or of a chat.
 
         A chat that ends with the user or the system gets the template's generation prompt. One that ends with the
-        assistant is encoded whole, with its end token, as training data would be.
+        assistant is encoded whole, with its end token, as training data would be; with `open_end` it is left open, for
+        the model to continue that message.
         Raises PlantError if nothing is left after tokenisation, the model has no chat template, or the template refuses
         the messages.
         """
-        ids = self._text(prompt) if isinstance(prompt, str) else self._chat(prompt)
+        ids = self._text(prompt) if isinstance(prompt, str) else self._chat(prompt, open_end)
         if not ids:
             raise PlantError("The prompt is empty after tokenisation: expected at least one token.", param="prompt")
         return ids
@@ -184,7 +185,7 @@ class Plant:
     def _text(self, prompt: str) -> list[int]:
         return list(self.tokenizer(prompt).input_ids)
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
+    def _chat(self, messages: Sequence[Message], open_end: bool) -> list[int]:
         if not messages:
             raise PlantError("The chat is empty: expected at least one message.", param="messages")
         if not self.tokenizer.chat_template:
@@ -193,9 +194,11 @@ class Plant:
                 param="messages",
             )
         try:
+            ends_with_answer = messages[-1]["role"] == "assistant"
             ids = self.tokenizer.apply_chat_template(
                 list(messages),
-                add_generation_prompt=messages[-1]["role"] != "assistant",
+                add_generation_prompt=not ends_with_answer,
+                continue_final_message=open_end and ends_with_answer,
                 tokenize=True,
                 return_dict=False,
             )

@@ -1,0 +1,149 @@
+"""Artifacts on disk: one safetensors file each, metadata in the header, content-hashed, never pickle.
+
+The header's metadata holds one JSON document under the key `setpoint`: format, kind, name, model, created, body,
+content, seal. `content` is the SHA-256 over kind, model, body and every tensor (sorted by name), and identifies the
+artifact; `seal` is the SHA-256 over the rest of the document. Both are computed again when a file is read, and one that
+does not match is refused, so a flipped bit anywhere is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steering.errors import ArtifactCorrupt, SpecError
+
+FORMAT = "setpoint/1"
+SUFFIX = ".safetensors"
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}[a-z0-9]|[a-z0-9]")
+FIELDS = ("format", "kind", "name", "model", "created", "body", "content", "seal")
+"""Of the header's document."""
+MAX_BYTES = 2**30
+"""Largest artifact file that is opened."""
+
+
+def checked_name(name: object) -> str:
+    """`name` if it may name an artifact. Raises SpecError: 1 to 64 of a-z 0-9 . _ -, so that it can be no path."""
+    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+        raise SpecError(
+            "name", expected="1 to 64 of a-z, 0-9, '.', '_', '-', beginning and ending with a letter or digit", got=name
+        )
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """Named tensors with their provenance. `body` is what the kind needs beside tensors, JSON only."""
+
+    name: str
+    kind: str
+    model: str
+    tensors: Mapping[str, Tensor]
+    body: Mapping[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of kind, model, body and tensors; neither the name nor the date changes it."""
+        sha = hashlib.sha256(json.dumps([self.kind, self.model, self.body], sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().cpu().contiguous()
+            sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        return f"sha256:{sha.hexdigest()}"
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder/NAME.safetensors` whole or not at all; returns the path. Raises SpecError for a bad name."""
+        path = folder / f"{checked_name(self.name)}{SUFFIX}"
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "name": self.name,
+            "model": self.model,
+            "created": self.created,
+            "body": self.body,
+            "content": self.fingerprint,
+        }
+        header["seal"] = _seal(header)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=folder, prefix=".partial-")
+        os.close(handle)
+        try:
+            # Copies, for safetensors refuses tensors that share memory.
+            copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()}
+            save_file(copies, partial, metadata={"setpoint": json.dumps(header, sort_keys=True)})
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Read and verify one file. Raises ArtifactCorrupt, which says what is wrong with it."""
+        header = read_header(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _corrupt(path, "its tensors cannot be read") from error
+        artifact = cls(header["name"], header["kind"], header["model"], tensors, header["body"], header["created"])
+        if artifact.fingerprint != header["content"]:
+            raise _corrupt(path, "its content does not match its hash")
+        # In float64, for the number formats of eight bits have no test of their own.
+        if any(t.is_floating_point() and not torch.isfinite(t.double()).all() for t in tensors.values()):
+            raise _corrupt(path, "it holds NaN or Inf")
+        return artifact
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The metadata of an artifact without its tensors. Raises ArtifactCorrupt."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise _corrupt(path, f"it is larger than {MAX_BYTES} bytes")
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["setpoint"], parse_constant=_no_constant)
+        fields = {name: header[name] for name in FIELDS}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _corrupt(path, "it is not a safetensors file written by Setpoint") from error
+    if fields["format"] != FORMAT:
+        raise _corrupt(path, f"its format is not {FORMAT}")
+    if not all(isinstance(value, dict if name == "body" else str) for name, value in fields.items()):
+        raise _corrupt(path, "its metadata has wrong types")
+    if fields.pop("seal") != _seal(fields):
+        raise _corrupt(path, "its metadata does not match its seal")
+    try:
+        checked_name(fields["name"])
+    except SpecError as error:
+        raise _corrupt(path, "its metadata holds an impossible name") from error
+    return fields
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the header's document without its seal. Raises ValueError where the body holds NaN or Inf."""
+    document = json.dumps(fields, sort_keys=True, allow_nan=False)
+    return f"sha256:{hashlib.sha256(document.encode()).hexdigest()}"
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _corrupt(path: Path, why: str) -> ArtifactCorrupt:
+    return ArtifactCorrupt(f"Artifact {path.name!r} cannot be used: {why}; fit or import it again.", param="name")

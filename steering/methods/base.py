@@ -1,0 +1,113 @@
+"""What every concept-based intervention shares: its fields, their validation, and the reading of a concept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from steering.concept import Concept
+from steering.control import setpoints
+from steering.errors import SpecError
+from steering.law import Law
+from steering.program import Scope, Term
+from steering.types import Route, Units, across
+
+LARGEST = torch.finfo(torch.float32).max
+"""Laws are resident in float32: a larger number would become infinite there."""
+
+
+def checked_number(name: str, value: float, *, least: float = -LARGEST, most: float = LARGEST) -> None:
+    """Raises SpecError unless `value` is a number in [least, most]."""
+    if not isinstance(value, int | float) or not least <= value <= most:
+        raise SpecError(name, expected=f"a finite number in [{least:.3g}, {most:.3g}]", got=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptIntervention:
+    """Fields common to the interventions that steer one fitted concept.
+
+    Described in their metadata: of docstrings under fields, the schema finds only those of the method's own class.
+    """
+
+    concept: str = field(
+        metadata={"description": "Name of the fitted concept, as `GET /v1/steering/artifacts` lists it."}
+    )
+    strength: float = field(
+        default=1.0,
+        metadata={"description": "How much of the control is applied; 0 is bit-for-bit the unsteered output."},
+    )
+    layers: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"description": "Blocks to act on, counted from 0; null means those the concept was fitted for."},
+    )
+    apply: Scope = field(default=Scope(), metadata={"description": "Prompt positions and decode steps to act on."})
+    max_effort: float | None = field(
+        default=None, metadata={"description": "Largest ‖u‖/‖x‖ per layer and token; null means no bound."}
+    )
+
+    def __post_init__(self) -> None:
+        checked_number("strength", self.strength)
+        if self.max_effort is not None:
+            checked_number("max_effort", self.max_effort, least=0.0)
+
+    @property
+    def cap(self) -> float:
+        """`max_effort`, +inf when there is none."""
+        return math.inf if self.max_effort is None else self.max_effort
+
+    def chosen_layers(self, concept: Concept) -> tuple[int, ...]:
+        """The blocks to act on, ascending. Raises SpecError for a block that the model or the fit does not have."""
+        if self.layers is None:
+            return concept.layers
+        if not self.layers:
+            raise SpecError("layers", expected="at least one layer, or null for those of the concept", got=[])
+        for layer in self.layers:
+            if not 0 <= layer < concept.depth:
+                raise SpecError("layers", expected=f"layers in 0..{concept.depth - 1}", got=layer)
+        return tuple(sorted(set(self.layers)))
+
+    def term(
+        self,
+        type_: str,
+        concept: Concept,
+        laws: Mapping[Route, Law],
+        layers: tuple[int, ...],
+        *,
+        target: float | None = None,
+        units: Units = "centred",
+    ) -> Term:
+        """The compiled term; reports the projection at the inputs of `layers`, translated to `units`.
+
+        Raises SpecError when no law has a gain, for the request would then be served unsteered.
+        """
+        if not any(law.gain.any() for law in laws.values()):
+            raise SpecError(
+                "layers", expected=f"layers where {type_} on concept {self.concept!r} has an effect", got=list(layers)
+            )
+        schedule = setpoints(units, concept.origin, concept.magnitude)
+        gauges = {
+            across(layer): (float(schedule.origin_L[layer]), float(schedule.scale_L[layer]))
+            for layer in layers
+            if schedule.scale_L[layer] > 0
+        }
+        return Term(self.concept, type_, laws, self.apply, units, target, gauges)
+
+
+def targets(concept: Concept, units: Units, setpoint: float) -> Tensor:
+    """β_l (L+1,) for a setpoint in the caller's units. Raises SpecError when it leaves float32."""
+    beta = setpoints(units, concept.origin, concept.magnitude).beta(setpoint)
+    if not torch.isfinite(beta).all():
+        raise SpecError("setpoint", expected="a setpoint whose target is a finite float32", got=setpoint)
+    return beta
+
+
+def meter(direction: Tensor, setpoint: float | Tensor = 0.0, *, strength: float = 1.0) -> Law:
+    """A law without a gain: measures v·x and spends nothing.
+
+    strength: that of the intervention it reports on, so that a term of strength 0 is seen to do nothing.
+    """
+    return Law.of(direction, setpoint, torch.zeros_like(direction), strength=strength)

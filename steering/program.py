@@ -1,0 +1,213 @@
+"""What the engine is given for one request: compiled interventions, where they act, and the request's guard.
+
+A `Term` is one intervention after compilation: laws by route, its scope, and how to translate what its probes measure
+back into the caller's units. A `Program` is the superposition of a request's terms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from steering.errors import SpecError
+from steering.law import Law, superpose
+from steering.types import Route, Units
+
+MAX_POSITIONS = 4096
+"""Most positions that one selector may list."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Chosen prompt positions; negative ones count from the end of the prompt."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.positions) <= MAX_POSITIONS:
+            raise SpecError("positions", expected=f"1 to {MAX_POSITIONS} positions", got=len(self.positions))
+        for position in self.positions:
+            if not isinstance(position, int):
+                raise SpecError("positions", expected="whole numbers", got=position)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A half-open range [a, b). In a prompt negative ends count from its end; in generation steps count from 0."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+    window: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.window) != 2 or not all(isinstance(end, int) for end in self.window):
+            raise SpecError("window", expected="two whole numbers [a, b]", got=self.window)
+        start, stop = self.window
+        if (start < 0) == (stop < 0) and start > stop:
+            raise SpecError("window", expected="a <= b", got=list(self.window))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """At which tokens an intervention acts: prompt positions and 0-based decode steps.
+
+    A decode step is the forward pass of a generated token. The first generated token is drawn from the pass of the last
+    prompt token, which `prompt: last` steers. Raises SpecError for a selector that does not exist: it would select
+    nothing.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+    prompt: Literal["none", "last", "all"] | Positions | Window = "last"
+    generation: Literal["none", "all"] | Window = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, Positions | Window) and self.prompt not in ("none", "last", "all"):
+            raise SpecError("prompt", expected="none, last, all, positions or a window", got=self.prompt)
+        if isinstance(self.generation, Window):
+            if not 0 <= self.generation.window[0] <= self.generation.window[1]:
+                raise SpecError("generation.window", expected="0 <= a <= b", got=list(self.generation.window))
+        elif self.generation not in ("none", "all"):
+            raise SpecError("generation", expected="none, all or a window", got=self.generation)
+
+    def prompt_mask(self, length: int) -> np.ndarray:
+        """Boolean (length,): which prompt positions are steered. Positions outside the prompt select nothing."""
+        mask = np.zeros(length, dtype=bool)
+        match self.prompt:
+            case "all":
+                mask[:] = True
+            case "last":
+                mask[-1:] = True
+            case Positions(positions):
+                mask[[p for p in positions if -length <= p < length]] = True
+            case Window((start, stop)):
+                mask[slice(start, stop)] = True
+        return mask
+
+    def steers_step(self, step: int) -> bool:
+        """Whether decode step `step` is steered."""
+        match self.generation:
+            case Window((start, stop)):
+                return start <= step < stop
+            case generation:
+                return generation == "all"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Bounds on a whole request.
+
+    max_effort bounds the sum over layers of ‖u_l‖/‖x_l‖ at each token. max_kl bounds, in nats and per token, how far
+    the next-token distribution may move from that of the unsteered twin, which runs in the same batch.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+    max_effort: float | None = None
+    max_kl: float | None = None
+    on_nonfinite: Literal["abort"] = "abort"
+
+    def __post_init__(self) -> None:
+        for name in ("max_effort", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise SpecError(name, expected="a finite number >= 0", got=value)
+
+    @property
+    def budget(self) -> float:
+        """`max_effort`, +inf when there is none."""
+        return math.inf if self.max_effort is None else self.max_effort
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One compiled intervention.
+
+    gauges: per route (origin, scale), so that (c·x − origin)/scale is the measurement of channel 0 in the caller's
+    units; only the routes that report are listed. target: the setpoint in those units, None where the method has none.
+    """
+
+    label: str
+    type: str
+    laws: Mapping[Route, Law]
+    scope: Scope = Scope()
+    units: Units = "centred"
+    target: float | None = None
+    gauges: Mapping[Route, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Channels that this term owns on every route."""
+        return max((law.rank for law in self.laws.values()), default=0)
+
+    @property
+    def acts(self) -> bool:
+        """False when every strength is zero or the scope selects nothing: the term then leaves the model alone."""
+        somewhere = (self.scope.prompt, self.scope.generation) != ("none", "none")
+        return somewhere and any(bool((law.strength != 0).any()) for law in self.laws.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The superposition of a request's terms, and its guard. `Program()` steers nothing."""
+
+    terms: tuple[Term, ...] = ()
+    guard: Guard = Guard()
+
+    @cached_property
+    def laws(self) -> dict[Route, Law]:
+        """Laws by route with aligned channels: term i owns `channels[i]` on every route."""
+        return superpose([term.laws for term in self.terms])
+
+    @cached_property
+    def channels(self) -> tuple[slice, ...]:
+        """The channels of each term."""
+        ends = np.cumsum([0, *(term.rank for term in self.terms)])
+        return tuple(slice(int(a), int(b)) for a, b in pairwise(ends))
+
+    @property
+    def rank(self) -> int:
+        """Channels in all."""
+        return sum(term.rank for term in self.terms)
+
+    @property
+    def acts(self) -> bool:
+        """Whether any term does anything. A program that does not is served as if it were absent, bit for bit."""
+        return any(term.acts for term in self.terms)
+
+    @cached_property
+    def shape(self) -> str:
+        """Fingerprint of what must be resident on the device: probes, gains and limits.
+
+        Setpoints, strengths, caps, scopes and guards are per-request knobs, so sweeping them costs no slot.
+        """
+        return self._digest(("probe", "gain", "limit"), "")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of everything: equal fingerprints steer alike."""
+        around = [[t.label, t.type, t.units, t.target, asdict(t.scope)] for t in self.terms]
+        return self._digest(
+            ("probe", "gain", "limit", "setpoint", "strength", "cap"), json.dumps([around, asdict(self.guard)])
+        )
+
+    def _digest(self, names: tuple[str, ...], preamble: str) -> str:
+        sha = hashlib.sha256(preamble.encode())
+        for route, law in self.laws.items():
+            sha.update(str(route).encode())
+            law.digest_into(sha, names)
+        return f"sha256:{sha.hexdigest()}"
+
+
+def as_float32(law: Law) -> Law:
+    """The law in the precision in which it is made resident."""
+    return Law(
+        *(getattr(law, name).to(torch.float32) for name in ("probe", "setpoint", "gain", "limit", "strength", "cap"))
+    )

@@ -1,0 +1,131 @@
+"""The store: artifacts by name in one writable folder, over the read-only folder of those that ship with the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steering.artifact import SUFFIX, Artifact, checked_name, read_header
+from steering.concept import KIND, Concept
+from steering.errors import ArtifactCorrupt, ArtifactNotFound, SpecError, StaleFingerprint
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the store's listing, read from the header alone."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    model: str
+    created: str
+    quality: dict[str, Any]
+    builtin: bool
+
+
+class Store:
+    """Artifacts addressed by name. A name in the writable folder hides a built-in one."""
+
+    def __init__(self, folder: Path, builtin: Path | None = None) -> None:
+        self.folder = folder
+        self.builtin = builtin
+
+    def path(self, name: str) -> Path:
+        """The file of an artifact. Raises SpecError for an impossible name, ArtifactNotFound for an unknown one."""
+        checked_name(name)
+        for folder in (self.folder, self.builtin):
+            if folder is not None and (found := folder / f"{name}{SUFFIX}").is_file():
+                return found
+        raise ArtifactNotFound(
+            f"There is no artifact named {name!r}; `setpoint artifacts list` names those there are.", param="name"
+        )
+
+    def entries(self) -> list[Entry]:
+        """Every readable artifact, by name. Damaged files are left out; `verify` names them."""
+        found: dict[str, Entry] = {}
+        for folder in (self.builtin, self.folder):
+            if folder is None or not folder.is_dir():
+                continue
+            for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+                name = path.name.removesuffix(SUFFIX)
+                # Hidden, even where the file that hides it is damaged: `load` would open that one.
+                found.pop(name, None)
+                try:
+                    header = read_header(path)
+                    checked_name(name)
+                except (ArtifactCorrupt, SpecError):
+                    continue
+                body = header["body"]
+                found[name] = Entry(
+                    name,
+                    header["kind"],
+                    header["content"],
+                    header["model"],
+                    header["created"],
+                    body.get("quality", {}),
+                    folder is self.builtin,
+                )
+        return [found[name] for name in sorted(found)]
+
+    def load(self, name: str) -> Artifact:
+        """One artifact, verified. Raises SpecError, ArtifactNotFound, ArtifactCorrupt."""
+        return Artifact.load(self.path(name))
+
+    def save(self, artifact: Artifact) -> Path:
+        """Write to the writable folder, whole or not at all."""
+        return artifact.save(self.folder)
+
+    def remove(self, name: str) -> None:
+        """Delete from the writable folder. Raises SpecError for a built-in artifact, ArtifactNotFound."""
+        path = self.path(name)
+        if path.parent == self.builtin:
+            raise SpecError(
+                "name", expected="an artifact of the store", got=name, advice="this one ships with the model"
+            )
+        path.unlink()
+
+
+class Shelf:
+    """The concepts of one model, loaded once: the `Bench` that methods compile against."""
+
+    def __init__(self, store: Store, *, model: str, depth: int, width: int) -> None:
+        self.store = store
+        self.model = model
+        self.depth = depth
+        self.width = width
+        self._loaded: dict[str, tuple[tuple[int, ...], Concept]] = {}
+
+    def concept(self, name: str) -> Concept:
+        """A concept fitted on this model.
+
+        Raises SpecError for an unknown name, StaleFingerprint for another model's, ArtifactCorrupt for a damaged one.
+        """
+        try:
+            path = self.store.path(name)
+            stat = path.stat()
+        except (ArtifactNotFound, FileNotFoundError, SpecError) as error:
+            known = [entry.name for entry in self.store.entries() if entry.kind == KIND and entry.model == self.model]
+            raise SpecError(
+                "concept", expected=f"a concept of this model ({', '.join(known) or 'none'})", got=name
+            ) from error
+        # A file is replaced whole, so that a new version is a new inode even within one tick of the clock.
+        version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        held = self._loaded.get(name)
+        if held is not None and held[0] == version:
+            return held[1]
+        concept = Concept.from_artifact(Artifact.load(path))
+        if concept.model != self.model:
+            raise StaleFingerprint(
+                f"Concept {name!r} was fitted on model {concept.model[:19]}…, this is {self.model[:19]}…; "
+                "fit it again on this model.",
+                param="concept",
+            )
+        if (concept.depth, concept.width) != (self.depth, self.width):
+            raise StaleFingerprint(
+                f"Concept {name!r} has {concept.depth} layers of width {concept.width}, the model has {self.depth} of "
+                f"width {self.width}; fit it again on this model.",
+                param="concept",
+            )
+        self._loaded[name] = (version, concept)
+        return concept
