@@ -1,0 +1,10 @@
+"""Operators that act on a whole batch in which every token has its own program. Imports torch and triton only.
+
+No `__version__` here: Hugging Face distributes a package of the same name, which transformers knows by its version.
+"""
+
+from __future__ import annotations
+
+from kernels.feedback import feedback_
+
+__all__ = ["feedback_"]

@@ -1,0 +1,227 @@
+"""What was done, from what the kernels measured: never from what was asked.
+
+Per gauge (a term and one of its routes) the projection z is averaged over the tokens at which the term acted and put
+into the caller's units, (z − origin)/scale. `mean` averages over the layers whose input the program has already had
+the chance to move: all but the first, when there are several; `error` is its distance from the setpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from steering.program import Program, Term
+from steering.runtime.request import LayerReading
+from steering.runtime.runner import Reading, write_sites
+from steering.runtime.scope import Steered
+from steering.types import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """How well one term's setpoint was held, in the caller's units. Means are NaN where nothing was measured."""
+
+    setpoint: float | None
+    units: str
+    layers: tuple[int, ...]
+    by_layer: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Average over the layers that the program could move."""
+        moved = self.by_layer[1:] if len(self.by_layer) > 1 else self.by_layer
+        return sum(moved) / len(moved)
+
+    @property
+    def error(self) -> float:
+        """|setpoint − mean|; NaN without a setpoint."""
+        return math.nan if self.setpoint is None else abs(self.setpoint - self.mean)
+
+    def to_json(self) -> dict[str, object]:
+        """As in the response."""
+        return {
+            "setpoint": _number(self.setpoint),
+            "mean": _number(self.mean),
+            "error": _number(self.error),
+            "units": self.units,
+            "layers": list(self.layers),
+            "by_layer": [_number(value) for value in self.by_layer],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The measured account of a steered request.
+
+    effort: `mean` and `max` of ‖u_l‖/‖x_l‖ over layers and tokens, `sum_…` of its sum over the layers of a token (what
+    `Guard.max_effort` bounds), `saturated_tokens`. kl, with `Guard.max_kl`: `mean` and `max` divergence from the
+    unsteered twin in nats, and `limited_tokens`.
+    """
+
+    fingerprint: str
+    tokens_steered: int
+    tracking: Mapping[str, Tracking]
+    effort: Mapping[str, float]
+    kl: Mapping[str, float] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """As in the response; numbers that are not finite become null, which JSON can carry."""
+        body: dict[str, object] = {
+            "fingerprint": self.fingerprint,
+            "tokens_steered": self.tokens_steered,
+            "tracking": {label: tracking.to_json() for label, tracking in self.tracking.items()},
+            "effort": {name: _number(value) for name, value in self.effort.items()},
+        }
+        if self.kl is not None:
+            body["kl"] = {name: _number(value) for name, value in self.kl.items()}
+        return body
+
+
+@dataclass(slots=True)
+class _Gauge:
+    """One reported measurement: a term's first channel on one of its routes."""
+
+    label: str
+    term: Term
+    route: Route
+    channel: int
+    origin: float
+    scale: float
+
+    def in_units(self, projection: float) -> float:
+        """A measured projection in the caller's units; NaN where their scale is 0."""
+        return (projection - self.origin) / self.scale if self.scale else math.nan
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running sums of one request's measurements."""
+
+    program: Program
+    gauges: list[_Gauge] = field(init=False)
+    n_sites: int = field(init=False)
+    tokens: int = 0
+    effort_sum: float = 0.0
+    effort_max: float = 0.0
+    total_max: float = 0.0
+    saturated: int = 0
+    kls: list[float] = field(default_factory=list)
+    kl_limited: int = 0
+    _sum_G: np.ndarray = field(init=False)
+    _count_G: np.ndarray = field(init=False)
+    _channel_G: np.ndarray = field(init=False)
+    _column_G: np.ndarray = field(init=False)
+    _routes: tuple[Route, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.gauges = _gauges(self.program)
+        # A meter's site is not one where control could be spent: it would only dilute the mean effort.
+        self.n_sites = len(write_sites(tuple(r for r, law in self.program.laws.items() if bool(law.gain.any()))))
+        self._sum_G = np.zeros(len(self.gauges))
+        self._count_G = np.zeros(len(self.gauges), dtype=np.int64)
+        self._channel_G = np.array([gauge.channel for gauge in self.gauges], dtype=np.int64)
+
+    def add(self, steered: Steered, reading: Reading) -> bool:
+        """Add one segment's measurements. False if the control was not finite: nothing is added then."""
+        totals = [reading.total_T[token] for token in steered.tokens_K]
+        top = max(totals)
+        if not math.isfinite(top):
+            return False
+        self.tokens += len(totals)
+        self.effort_sum += sum(totals)
+        self.effort_max = max(self.effort_max, *(reading.top_T[token] for token in steered.tokens_K))
+        self.total_max = max(self.total_max, top)
+        self.saturated += sum(bool(reading.saturated_T[token] != 0) for token in steered.tokens_K)
+        if self.gauges:
+            self._add_projections(steered, reading)
+        return True
+
+    def _add_projections(self, steered: Steered, reading: Reading) -> None:
+        if reading.routes is not self._routes:
+            index = {route: p for p, route in enumerate(reading.routes)}
+            self._routes = reading.routes
+            self._column_G = np.array([index[gauge.route] for gauge in self.gauges])
+        active_KG = steered.active_KR[:, self._channel_G]
+        read_KG = reading.measured_TPR[steered.tokens_K[:, None], self._column_G, self._channel_G]
+        self._sum_G += np.where(active_KG, read_KG, 0).sum(axis=0)
+        self._count_G += active_KG.sum(axis=0)
+
+    def add_kl(self, kl: float, is_limited: bool) -> None:
+        """Add one token's divergence from the unsteered twin."""
+        self.kls.append(kl)
+        self.kl_limited += is_limited
+
+    def trace(self, steered: Steered, reading: Reading, token: int) -> tuple[LayerReading, ...]:
+        """The readings at one token (a row of the packed batch) of a segment that was added; empty if not steered."""
+        found = np.flatnonzero(steered.tokens_K == token)
+        if not len(found) or not self.gauges:
+            return ()
+        active_R = steered.active_KR[found[0]]
+        return tuple(
+            LayerReading(
+                gauge.label,
+                gauge.route.read.layer,
+                gauge.in_units(float(reading.measured_TPR[token, p, gauge.channel])),
+                gauge.term.target,
+                sum(
+                    float(reading.effort_WT[w, token])
+                    for w, site in enumerate(reading.sites)
+                    if site.layer == gauge.route.read.layer
+                ),
+            )
+            for gauge, p in zip(self.gauges, self._column_G, strict=True)
+            if active_R[gauge.channel]
+        )
+
+    def receipt(self) -> Receipt:
+        """The account so far."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean_G = self._sum_G / self._count_G
+        tracking: dict[str, Tracking] = {}
+        for label in dict.fromkeys(gauge.label for gauge in self.gauges):
+            own = [(g, float(z)) for g, z in zip(self.gauges, mean_G, strict=True) if g.label == label]
+            tracking[label] = Tracking(
+                own[0][0].term.target,
+                own[0][0].term.units,
+                tuple(g.route.read.layer for g, _ in own),
+                tuple(g.in_units(z) for g, z in own),
+            )
+        steered = max(self.tokens, 1)
+        effort = {
+            "mean": self.effort_sum / (steered * max(self.n_sites, 1)),
+            "max": self.effort_max,
+            "saturated_tokens": self.saturated,
+            "sum_mean": self.effort_sum / steered,
+            "sum_max": self.total_max,
+        }
+        kl = None
+        if self.program.guard.max_kl is not None:
+            kl = {
+                "mean": sum(self.kls) / max(len(self.kls), 1),
+                "max": max(self.kls, default=0.0),
+                "limited_tokens": self.kl_limited,
+            }
+        return Receipt(self.program.fingerprint, self.tokens, tracking, effort, kl)
+
+
+def _gauges(program: Program) -> list[_Gauge]:
+    """The gauges of a program, layers ascending within a term; a label that comes again gets "#2", "#3", …."""
+    gauges: list[_Gauge] = []
+    seen: dict[str, int] = {}
+    for term, channels in zip(program.terms, program.channels, strict=True):
+        if not term.gauges:
+            continue
+        seen[term.label] = seen.get(term.label, 0) + 1
+        label = term.label if seen[term.label] == 1 else f"{term.label}#{seen[term.label]}"
+        for route in sorted(term.gauges, key=lambda route: (route.read.layer, route)):
+            origin, scale = term.gauges[route]
+            gauges.append(_Gauge(label, term, route, channels.start, origin, scale))
+    return gauges
+
+
+def _number(value: float | None) -> float | None:
+    """The number if it is finite, else None."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,214 @@
+"""One step on the device: a packed batch and its frame in, logits and measurements out.
+
+All tokens of a step, whoever they belong to, run as one sequence (1, T) through unmodified modelling code; rows and
+masks are the attention's business, steering is that of the taps. A tap is installed when a program first needs its
+site and costs a dictionary look-up from then on; a batch without steering launches nothing.
+
+What a law reads: a law that writes the site it reads sees what the model made there, before any other route's control.
+A law that writes elsewhere sees its site as the model goes on with it, all controls there included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels import feedback_
+from steering.plant.plant import Plant
+from steering.runtime.attention import Placement, RowAttention
+from steering.runtime.bank import Bank
+from steering.runtime.scheduler import Batch, Segment
+from steering.runtime.scope import Frame
+from steering.types import Route, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the kernels measured in one step, on the host.
+
+    routes, sites: the P routes and W write sites; measured_TPR the projections c·x; effort_WT = ‖u‖/‖x‖ by write site;
+    saturated_T nonzero where a limit, cap or budget bit. total_T, top_T: sum and maximum of the efforts of each token.
+    """
+
+    routes: tuple[Route, ...]
+    sites: tuple[Site, ...]
+    measured_TPR: np.ndarray
+    effort_WT: np.ndarray
+    saturated_T: np.ndarray
+    total_T: list[float]
+    top_T: list[float]
+
+
+class Output(NamedTuple):
+    """Logits of the segments that draw a token, in their order, and the step's measurements if it was steered."""
+
+    sampled: tuple[Segment, ...]
+    logits_BV: Tensor
+    reading: Reading | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """The device side of a frame: tensors for the kernels, and what to do at each site."""
+
+    slot_PT: Tensor
+    knobs_TP3R: Tensor
+    budget_T: Tensor
+    spent_T: Tensor
+    measured_TPR: Tensor
+    effort_WT: Tensor
+    saturated_T: Tensor
+    outputs: Tensor
+    sites: tuple[Site, ...]
+    writes: dict[Site, list[tuple[int, int, Route]]]
+    reads: frozenset[Site]
+
+
+class Runner:
+    """Owns the engine's module tree and its taps."""
+
+    def __init__(self, plant: Plant, shell: nn.Module, attention: RowAttention, bank: Bank, row_length: int) -> None:
+        self._plant = plant
+        self._shell = shell
+        self._attention = attention
+        self._bank = bank
+        self._row_length = row_length
+        self._device = plant.device
+        self._tapped: set[Site] = set()
+        self._launches: _Launches | None = None
+        self._prepared: tuple[Frame, _Launches] | None = None
+        self._states: dict[Site, Tensor] = {}
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, frame: Frame | None) -> Output:
+        """Run a step. Keys and values of its tokens are in the cache afterwards; running it twice changes nothing."""
+        sampled = tuple(segment for segment in batch.segments if segment.samples)
+        keep = [segment.end for segment in sampled]
+        ids_3T = torch.from_numpy(self._layout(batch)).to(self._device, non_blocking=True)
+        self._attention.place = Placement.of(batch, ids_3T[2], self._device)
+        self._launches = None if frame is None else self._renew(frame, batch.n_tokens)
+        try:
+            logits_BV = self._shell(
+                input_ids=ids_3T[:1],
+                position_ids=ids_3T[1:2],
+                use_cache=False,
+                logits_to_keep=torch.tensor(keep, dtype=torch.int64, device=self._device),
+            ).logits[0]
+            reading = None if frame is None else self._collect(frame)
+        finally:
+            self._launches = None
+            self._states.clear()
+        return Output(sampled, logits_BV, reading)
+
+    def _layout(self, batch: Batch) -> np.ndarray:
+        """int64 (3, T): token ids, positions, and places in the cache."""
+        layout = np.empty((3, batch.n_tokens), dtype=np.int64)
+        for sequence, row, start, length, offset, _ in batch.segments:
+            if length == 1:
+                layout[:, offset] = (sequence.tokens[start], start, row * self._row_length + start)
+                continue
+            at = slice(offset, offset + length)
+            layout[0, at] = sequence.tokens[start : start + length]
+            layout[1, at] = np.arange(start, start + length)
+            layout[2, at] = layout[1, at] + row * self._row_length
+        return layout
+
+    def _renew(self, frame: Frame, n_tokens: int) -> _Launches:
+        """The device side of a frame, with cleared outputs; that of the step before if the frame is the same."""
+        if self._prepared is None or self._prepared[0] is not frame:
+            self._prepared = (frame, self._prepare(frame, n_tokens))
+        else:
+            self._prepared[1].outputs.zero_()
+            self._prepared[1].spent_T.zero_()
+        return self._prepared[1]
+
+    def _prepare(self, frame: Frame, n_tokens: int) -> _Launches:
+        """Put a frame on the device. Outputs are views of one buffer, so that they come back in one copy."""
+        n_routes, rank = len(frame.routes), frame.knobs_TP3R.shape[3]
+        sites = write_sites(frame.routes)
+        index = {site: w for w, site in enumerate(sites)}
+        sizes = (n_tokens * n_routes * rank, len(sites) * n_tokens, n_tokens)
+        outputs = torch.zeros(sum(sizes), device=self._device)
+        measured, effort, saturated = outputs.split(sizes)
+        writes: dict[Site, list[tuple[int, int, Route]]] = {}
+        for p, route in enumerate(frame.routes):
+            writes.setdefault(route.write, []).append((p, index[route.write], route))
+        reads = frozenset(route.read for route in frame.routes if route.read != route.write)
+        for site in reads | writes.keys():
+            self._tap(site)
+        return _Launches(
+            torch.from_numpy(frame.slot_PT).to(self._device, non_blocking=True),
+            torch.from_numpy(frame.knobs_TP3R).to(self._device, non_blocking=True),
+            torch.from_numpy(frame.budget_T).to(self._device, non_blocking=True),
+            torch.zeros(n_tokens, device=self._device),
+            measured.view(n_tokens, n_routes, rank),
+            effort.view(len(sites), n_tokens),
+            saturated.view(torch.int32),
+            outputs,
+            sites,
+            writes,
+            reads,
+        )
+
+    def _collect(self, frame: Frame) -> Reading:
+        """The measurements of the step, on the host."""
+        launches = self._launches
+        assert launches is not None
+        host = launches.outputs.clone() if self._device.type == "cpu" else launches.outputs.cpu()
+        measured, effort, saturated = host.split(
+            (launches.measured_TPR.numel(), launches.effort_WT.numel(), launches.saturated_T.numel())
+        )
+        effort_WT = effort.view(launches.effort_WT.shape).numpy()
+        return Reading(
+            frame.routes,
+            launches.sites,
+            measured.view(launches.measured_TPR.shape).numpy(),
+            effort_WT,
+            saturated.view(torch.int32).numpy(),
+            effort_WT.sum(axis=0).tolist(),
+            effort_WT.max(axis=0).tolist(),
+        )
+
+    def _tap(self, site: Site) -> None:
+        if site not in self._tapped:
+            self._plant.tap(self._shell, site, self._visit(site))
+            self._tapped.add(site)
+
+    def _visit(self, site: Site) -> Callable[[Tensor], Tensor | None]:
+        """The tap of a site: launch the laws that write it, keep it for those that read it later."""
+
+        def visit(state: Tensor) -> Tensor | None:
+            work = self._launches
+            if work is None:
+                return None
+            launches = work.writes.get(site, ())
+            # The attention's input may be the residual itself (OLMo-2), which must not change with it.
+            changed = state.clone() if launches and site.tap == "attn_in" else state
+            rows_TD = changed[0]
+            for p, w, route in launches:
+                read_TD = rows_TD if route.read == site else self._states[route.read]
+                self._launch(work, p, w, rows_TD, read_TD, route)
+            if site in work.reads:
+                self._states[site] = rows_TD
+            return None if changed is state else changed
+
+        return visit
+
+    def _launch(self, work: _Launches, p: int, w: int, y_TE: Tensor, x_TD: Tensor, route: Route) -> None:
+        laws = self._bank.routes[route]
+        knobs = work.knobs_TP3R[:, p]
+        feedback_(
+            y_TE, x_TD, work.slot_PT[p], laws.probe_SRD, laws.gain_SRE, laws.norm_SR, laws.limit_SR,
+            knobs[:, 0], knobs[:, 1], knobs[:, 2], work.budget_T, work.spent_T, work.measured_TPR[:, p],
+            work.effort_WT[w], work.saturated_T,
+        )  # fmt: skip
+
+
+def write_sites(routes: tuple[Route, ...]) -> tuple[Site, ...]:
+    """The distinct write sites of some routes, in their order."""
+    return tuple(dict.fromkeys(route.write for route in routes))

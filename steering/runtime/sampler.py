@@ -1,0 +1,172 @@
+"""From logits to tokens, a whole batch at once, each row by its own rules.
+
+Order: minimum length and logit bias, penalties, temperature, min-p, top-k, top-p, draw. With ℓ the model's (steered)
+logits, c the counts of a token in the completion and T the temperature:
+
+    repetition ρ    ℓ → ℓ/ρ where ℓ > 0, else ℓρ, for tokens of prompt or completion (arXiv 1909.05858, Sec. 4.1)
+    frequency, presence   ℓ → ℓ − α_f c − α_p [c > 0]                                (OpenAI's API reference)
+    min-p           keep p_i ≥ m · max p                                             (arXiv 2407.01082)
+    top-k, top-p    keep the k likeliest; of those the fewest whose mass reaches p   (arXiv 1904.09751)
+    draw            the first i with cdf_i > u, u the uniform number of (seed, step)
+
+Log-probabilities are those of ℓ itself, before any of this. A uniform number depends on the request's seed and step
+alone, so the same request draws the same tokens alone and in any batch.
+
+Legend: B sampled rows · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steering.runtime.request import Sampling, TokenLogprob
+
+_BLOCK = 64
+"""Uniform numbers drawn at a time: making a generator costs more than filling a block."""
+
+
+class Uniforms:
+    """Uniform numbers in [0, 1) by step, from the counter-based Philox generator keyed by a seed."""
+
+    def __init__(self, seed: int | None) -> None:
+        key = secrets.randbits(63) if seed is None else seed % 2**64
+        self._generator = np.random.Generator(np.random.Philox(key=key))
+        self._drawn: list[float] = []
+
+    def __getitem__(self, step: int) -> float:
+        while step >= len(self._drawn):
+            self._drawn.extend(self._generator.random(_BLOCK).tolist())
+        return self._drawn[step]
+
+
+@dataclass(slots=True)
+class Draw:
+    """One sequence's side of sampling: its rules, its uniform numbers, and what it has seen.
+
+    `barred` are the ids that may not be drawn before `min_tokens`.
+    """
+
+    sampling: Sampling
+    prompt: frozenset[int]
+    barred: tuple[int, ...]
+    uniforms: Uniforms
+    counts: Counter[int] = field(default_factory=Counter)
+    step: int = 0
+
+    @classmethod
+    def of(cls, sampling: Sampling, prompt: Sequence[int], eos: frozenset[int]) -> Draw:
+        """A fresh one; the prompt's tokens are kept only if a penalty asks for them."""
+        seen = frozenset(prompt) if sampling.repetition_penalty != 1 else frozenset()
+        barred = tuple(eos | set(sampling.stop_token_ids)) if sampling.min_tokens else ()
+        return cls(sampling, seen, barred, Uniforms(sampling.seed))
+
+    def advance(self, token: int) -> None:
+        """Note a drawn token."""
+        self.counts[token] += 1
+        self.step += 1
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before the temperature."""
+        s = self.sampling
+        penalised = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1
+        return bool(penalised or s.logit_bias or self.step < s.min_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A drawn token and, if asked for, its log-probability."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+    """Draw one token for each row of finite logits. Does not advance the draws."""
+    logits_BV = logits_BV.to(torch.float32)
+    asked = [i for i, draw in enumerate(draws) if draw.sampling.logprobs is not None]
+    reported = dict(zip(asked, logits_BV[asked].log_softmax(-1), strict=True)) if asked else {}
+    if any(draw.adjusts for draw in draws):
+        logits_BV = logits_BV.clone()
+        for row_V, draw in zip(logits_BV, draws, strict=True):
+            if draw.adjusts:
+                adjust_(row_V, draw)
+    tokens = logits_BV.argmax(-1)
+    chance = [i for i, draw in enumerate(draws) if not draw.sampling.is_greedy]
+    if chance:
+        rows = logits_BV if len(chance) == len(draws) else logits_BV[chance]
+        uniform_B = torch.tensor([draws[i].uniforms[draws[i].step] for i in chance], dtype=torch.float64)
+        kept_BV = restrict(rows, [draws[i].sampling for i in chance])
+        tokens[chance] = invert_cdf(kept_BV, uniform_B.to(rows.device))
+    chosen = tokens.tolist()
+    return [
+        Drawn(token, _report(reported[i], token, draw.sampling.logprobs or 0) if i in reported else None)
+        for i, (token, draw) in enumerate(zip(chosen, draws, strict=True))
+    ]
+
+
+def adjust_(logits_V: Tensor, draw: Draw) -> None:
+    """Minimum length, bias and penalties of one row, in place."""
+    s, device = draw.sampling, logits_V.device
+    if draw.step < s.min_tokens:
+        logits_V[list(draw.barred)] = -torch.inf
+    if s.logit_bias:
+        tokens = torch.tensor(list(s.logit_bias), device=device)
+        logits_V[tokens] += torch.tensor(list(s.logit_bias.values()), device=device)
+    if s.repetition_penalty != 1:
+        tokens = torch.tensor(list(draw.prompt | draw.counts.keys()), device=device)
+        picked = logits_V[tokens]
+        logits_V[tokens] = torch.where(picked > 0, picked / s.repetition_penalty, picked * s.repetition_penalty)
+    if draw.counts and (s.frequency_penalty or s.presence_penalty):
+        tokens = torch.tensor(list(draw.counts), device=device)
+        counts = torch.tensor(list(draw.counts.values()), device=device)
+        logits_V[tokens] -= s.frequency_penalty * counts + s.presence_penalty
+
+
+def restrict(logits_BV: Tensor, rules: Sequence[Sampling]) -> Tensor:
+    """Logits over temperature, −inf for every token that min-p, top-k or top-p leaves out."""
+    device, vocab = logits_BV.device, logits_BV.shape[1]
+    temperature = torch.tensor([s.temperature for s in rules], device=device)
+    logits_BV = logits_BV / temperature[:, None]
+    if any(s.min_p for s in rules):
+        floor = torch.tensor([s.min_p for s in rules], device=device).log()
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.amax(-1, keepdim=True) + floor[:, None], -torch.inf)
+    limited = [i for i, s in enumerate(rules) if s.top_p < 1 or 0 < s.top_k < vocab]
+    if limited:
+        logits_BV = logits_BV.clone()
+        logits_BV[limited] = _truncate(logits_BV[limited], [rules[i] for i in limited])
+    return logits_BV
+
+
+def _truncate(logits_BV: Tensor, rules: Sequence[Sampling]) -> Tensor:
+    """Top-k, then top-p on what is left. Equal logits rank by token id."""
+    device, vocab = logits_BV.device, logits_BV.shape[1]
+    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    k_B = torch.tensor([s.top_k if 0 < s.top_k < vocab else vocab for s in rules], device=device)
+    p_B = torch.tensor([s.top_p for s in rules], device=device, dtype=torch.float64)
+    rank_V = torch.arange(vocab, device=device)
+    sorted_BV = sorted_BV.masked_fill(rank_V >= k_B[:, None], -torch.inf)
+    mass_BV = sorted_BV.softmax(-1, dtype=torch.float64)
+    before_BV = mass_BV.cumsum(-1) - mass_BV
+    out_BV = (before_BV >= p_B[:, None]) & (p_B[:, None] < 1)
+    return torch.empty_like(logits_BV).scatter_(-1, order_BV, sorted_BV.masked_fill(out_BV, -torch.inf))
+
+
+def invert_cdf(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds the uniform number; never one of probability 0."""
+    cdf_BV = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
+    point_B1 = (uniform_B * cdf_BV[:, -1]).unsqueeze(1)
+    return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
+
+
+def _report(logprob_V: Tensor, token: int, n_top: int) -> TokenLogprob:
+    top = logprob_V.topk(n_top) if n_top else None
+    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
+    return TokenLogprob(token, float(logprob_V[token]), pairs)

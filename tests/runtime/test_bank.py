@@ -1,0 +1,102 @@
+"""Programs keep their slot while somebody holds them, and leave nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steering.errors import BankFull
+from steering.program import Program, Term
+from steering.runtime.bank import Bank, Knobs
+from steering.types import across, at
+from tests.runtime.naive import across_program, law
+
+CPU = torch.device("cpu")
+
+
+def test_a_slot_holds_the_programs_laws_and_row_zero_nothing() -> None:
+    bank, program = Bank(4, CPU), across_program(1, rank=2)
+    slot = bank.acquire(program)
+    for route, laws in program.laws.items():
+        tensors = bank.routes[route]
+        assert torch.equal(tensors.probe_SRD[slot], laws.probe)
+        assert torch.equal(tensors.gain_SRE[slot], laws.gain)
+        assert torch.allclose(tensors.norm_SR[slot], laws.gain.norm(dim=-1))
+        assert torch.isinf(tensors.limit_SR).all()
+        assert not tensors.probe_SRD[0].any()
+        assert not tensors.gain_SRE[0].any()
+
+
+def test_a_sweep_over_knobs_shares_one_slot() -> None:
+    bank, program = Bank(4, CPU), across_program(1)
+    term = program.terms[0]
+    other = Program((replace(term, laws={r: replace(x, setpoint=x.setpoint + 9) for r, x in term.laws.items()}),))
+    assert bank.acquire(program) == bank.acquire(other)
+    assert (len(bank), bank.n_held) == (1, 1)
+    bank.release(program)
+    assert bank.n_held == 1
+    bank.release(other)
+    assert bank.n_held == 0
+
+
+def test_what_does_nothing_takes_no_slot() -> None:
+    bank = Bank(1, CPU)
+    off = Program((Term("x", "add", {across(1): 0.0 * law(1)}),))
+    assert bank.acquire(Program()) == bank.acquire(off) == 0
+    bank.release(off)
+    assert len(bank) == 0
+
+
+def test_the_longest_unused_goes_first_and_held_ones_stay() -> None:
+    bank = Bank(2, CPU)
+    a, b, c = (across_program(i) for i in (1, 2, 3))
+    slot_a, slot_b = bank.acquire(a), bank.acquire(b)
+    with pytest.raises(BankFull, match="2 program slots"):
+        bank.acquire(c)
+    bank.release(b)
+    bank.release(a)
+    bank.acquire(a)  # b is now the longest unused
+    bank.release(a)
+    assert bank.acquire(c) == slot_b
+    assert bank.acquire(a) == slot_a
+
+
+def test_an_evicted_program_leaves_no_trace() -> None:
+    bank = Bank(1, CPU)
+    old = Program((Term("x", "add", {across(1): law(1), at("mlp_out", 0): law(2)}),))
+    bank.acquire(old)
+    bank.release(old)
+    new = across_program(5, layers=(2,))
+    slot = bank.acquire(new)
+    assert set(bank.routes) == {across(2)}
+    keep = Bank(2, CPU)
+    keep.acquire(across_program(5, layers=(1,)))
+    keep.acquire(old)
+    keep.release(old)
+    slot = keep.acquire(new)
+    assert at("mlp_out", 0) not in keep.routes
+    assert not keep.routes[across(1)].probe_SRD[slot].any()
+    assert not keep.routes[across(1)].norm_SR[slot].any()
+
+
+def test_a_wider_program_widens_the_bank_and_keeps_the_rest() -> None:
+    bank, narrow = Bank(4, CPU), across_program(1)
+    slot = bank.acquire(narrow)
+    bank.acquire(across_program(2, rank=3))
+    assert bank.rank == 4
+    for route, laws in narrow.laws.items():
+        tensors = bank.routes[route]
+        assert tensors.probe_SRD.shape[1] == 4
+        assert torch.equal(tensors.probe_SRD[slot, :1], laws.probe)
+        assert not tensors.gain_SRE[slot, 1:].any()
+
+
+def test_knobs_are_the_programs_numbers() -> None:
+    program = Program((*across_program(1, layers=(1,)).terms, *across_program(2, layers=(2,), rank=2).terms))
+    knobs = Knobs.of(program)
+    assert knobs.routes == (across(1), across(2))
+    assert knobs.terms_NR.tolist() == [[True, False, False], [False, True, True]]
+    assert knobs.values_P3R[0, 1].tolist() == [1, 0, 0], "idle channels have no strength"
+    assert knobs.values_P3R[1, 0].tolist() == pytest.approx(program.laws[across(2)].setpoint.tolist())
