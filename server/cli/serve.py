@@ -1,0 +1,83 @@
+"""`setpoint serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from server.cli.common import Device, Dtype, StoreFolder, cleanly, quietly
+
+
+@cleanly
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            envvar="SETPOINT_MODEL", help="Folder or hub id of a model; the embedded demo model without it."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(envvar="SETPOINT_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="SETPOINT_PORT", help="Port; 0 takes a free one.")] = 8000,
+    engine: Annotated[
+        str, typer.Option(envvar="SETPOINT_ENGINE", help="native is the one engine of this version.")
+    ] = "native",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    served_model_name: Annotated[
+        str | None, typer.Option(envvar="SETPOINT_SERVED_MODEL_NAME", help="Id of the model in requests.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(envvar="SETPOINT_MAX_BATCH", help="Requests that run at once.")] = 32,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SETPOINT_MAX_MODEL_LEN",
+            help="Longest prompt and answer in tokens.",
+            show_default="the model's context",
+        ),
+    ] = None,
+    queue_limit: Annotated[
+        int, typer.Option(envvar="SETPOINT_QUEUE_LIMIT", help="Requests that may wait; more get a 429.")
+    ] = 256,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SETPOINT_API_KEY", help="Require this bearer token.", show_envvar=True)
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", envvar="SETPOINT_INSECURE", help="Allow a public host without an API key.")
+    ] = False,
+    store: StoreFolder = None,
+    drain_seconds: Annotated[
+        float, typer.Option(envvar="SETPOINT_DRAIN_SECONDS", help="Time for running requests after SIGTERM.")
+    ] = 30.0,
+    body_limit: Annotated[int, typer.Option(envvar="SETPOINT_BODY_LIMIT", help="Largest request body in bytes.")] = 2
+    ** 20,
+) -> None:
+    """Serve a model over HTTP. Prints `ready http://…` when the first request can be served."""
+    from steering import SpecError
+
+    if engine != "native":
+        raise SpecError("engine", expected="native, the one engine of this version", got=engine)
+    quietly(model)
+    from server.listen import listen
+    from server.settings import ServerSettings
+
+    settings = ServerSettings(
+        model=model,
+        served_model_name=served_model_name,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        max_batch=max_batch,
+        max_model_len=max_model_len,
+        queue_limit=queue_limit,
+        api_key=api_key,
+        insecure=insecure,
+        store=store,
+        drain_seconds=drain_seconds,
+        body_limit=body_limit,
+    )
+    with listen(settings) as listener:
+        from server.serve import serve as run
+
+        run(settings, listener)

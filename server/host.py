@@ -1,0 +1,202 @@
+"""The loaded model with its engine and its concepts, and whether it may be used: loading, ready or draining."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from server.generation import Generation
+from server.schema.errors import ApiError
+from server.settings import ServerSettings
+from steering import (
+    Artifact,
+    ArtifactNotFound,
+    Engine,
+    EngineSettings,
+    Plant,
+    PlantError,
+    Request,
+    Sampling,
+    Shelf,
+    SpecError,
+    Store,
+    echo,
+)
+from steering.demo import CONCEPTS, MODEL, MODEL_ID
+
+State = Literal["loading", "ready", "draining"]
+
+
+def open_store(folder: Path) -> Store:
+    """The store in `folder`, over the concepts that ship with the embedded model."""
+    return Store(folder, builtin=CONCEPTS)
+
+
+def load_plant(model: str | None, device: str = "auto", dtype: str = "auto") -> Plant:
+    """The model of a folder or hub id, the embedded one for None. `auto` takes a GPU where there is one.
+
+    Raises PlantError.
+    """
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return Plant.load(model or MODEL, device=where, dtype=dtype)
+
+
+def served_name(model: str | None) -> str:
+    """The id under which a model is served: `setpoint-demo`, or the last part of its path or hub id."""
+    return (
+        MODEL_ID if model is None else Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    )
+
+
+def describe(store: Store, name: str) -> dict[str, Any]:
+    """What there is to say about one artifact of `store`. Raises ArtifactNotFound, ArtifactCorrupt."""
+    try:
+        path = store.path(name)
+    except SpecError as error:
+        raise ArtifactNotFound(f"There is no artifact named {echo(name)}.", param="name") from error
+    found = Artifact.load(path)
+    return {
+        "name": name,
+        "kind": found.kind,
+        "fingerprint": found.fingerprint,
+        "model": found.model,
+        "created": found.created,
+        "builtin": path.parent == store.builtin,
+        "bytes": path.stat().st_size,
+        "tensors": {
+            key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            for key, tensor in sorted(found.tensors.items())
+        },
+        **found.body,
+    }
+
+
+@dataclass(eq=False)
+class Host:
+    """One model, ready to generate."""
+
+    plant: Plant
+    engine: Engine
+    store: Store
+    model_id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def load(cls, settings: ServerSettings) -> Host:
+        """Load the model, start its engine and run one token through it. Raises SteeringError."""
+        plant = load_plant(settings.model, settings.device, settings.dtype)
+        name = settings.served_model_name or served_name(settings.model)
+        sizes = EngineSettings(
+            max_batch=settings.max_batch, max_len=settings.max_model_len, queue_limit=settings.queue_limit
+        )
+        engine = Engine(plant, sizes)
+        engine.generate([Request("warm-up", (0,), Sampling(max_tokens=1))])
+        engine.start()
+        return cls(plant, engine, open_store(settings.store_folder), name)
+
+    @property
+    def context(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        return self.engine.max_len
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model takes messages."""
+        return bool(self.plant.tokenizer.chat_template)
+
+    @cached_property
+    def shelf(self) -> Shelf:
+        """The concepts of this model."""
+        return Shelf(self.store, model=self.plant.fingerprint, depth=self.plant.depth, width=self.plant.width)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """One artifact, verified, without its numbers. Raises ArtifactNotFound, also for an impossible name, and
+        ArtifactCorrupt."""
+        return describe(self.store, name)
+
+    def require_model(self, name: str | None) -> None:
+        """Raises ApiError 404 unless `name` is the served model's id; absent means it."""
+        if name is not None and name != self.model_id:
+            raise ApiError(
+                404,
+                f"The model {echo(name)} does not exist; this server has {self.model_id!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def token_text(self, token: int) -> str:
+        """The text of one token alone."""
+        text: str = self.plant.tokenizer.decode([token])
+        return text
+
+    def check_tokens(self, tokens: list[int], param: str) -> list[int]:
+        """`tokens`, which must be of the vocabulary. Raises PlantError that names `param`."""
+        for token in tokens:
+            if not 0 <= token < self.plant.vocab:
+                raise PlantError(
+                    f"{param}: expected token ids from 0 to {self.plant.vocab - 1}, got {echo(token)}.", param=param
+                )
+        return tokens
+
+
+class Service:
+    """What the application holds: the host once it is loaded, and the generations in progress."""
+
+    def __init__(self, settings: ServerSettings, host: Host | None = None) -> None:
+        self.settings = settings
+        self.host = host
+        self.is_draining = False
+        self._running: set[Generation] = set()
+
+    @property
+    def state(self) -> State:
+        """Whether requests are served now."""
+        return "draining" if self.is_draining else "loading" if self.host is None else "ready"
+
+    def ready_host(self) -> Host:
+        """The host. Raises ApiError 503 while loading and while draining."""
+        if self.host is None or self.is_draining:
+            raise ApiError(
+                503, f"The server is {self.state}; try again later.", code=self.state, headers={"Retry-After": "1"}
+            )
+        return self.host
+
+    def generate(self, requests: list[Request]) -> Generation:
+        """Submit requests that belong together. Raises what `Engine.submit` raises; then none of them runs."""
+        generation = Generation(self.ready_host().engine, requests, self._running.discard)
+        self._running.add(generation)
+        generation.start()
+        return generation
+
+    async def load(self) -> None:
+        """Load the host in a thread. Raises SteeringError."""
+        if self.host is None:
+            self.host = await asyncio.to_thread(Host.load, self.settings)
+
+    async def drain(self, wait: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new requests, let those that run finish within `drain_seconds`, abort the rest.
+
+        `wait() == True` cuts the waiting short.
+        """
+        self.is_draining = True
+        deadline = time.monotonic() + self.settings.drain_seconds
+        while self._running and time.monotonic() < deadline and not wait():
+            await asyncio.sleep(0.02)
+        for generation in tuple(self._running):
+            generation.abort()
+        grace = time.monotonic() + 2.0
+        while self._running and time.monotonic() < grace:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        self.is_draining = True
+        if self.host is not None:
+            await asyncio.to_thread(self.host.engine.stop, 0.0)

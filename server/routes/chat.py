@@ -1,0 +1,98 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+
+from server.account import Json, TokenText, chat_logprobs, receipt, traced, usage
+from server.body import json_body
+from server.generation import Generation
+from server.pieces import End, pieces
+from server.routes.common import ERRORS, HostDep, ServiceDep, note, takes
+from server.schema.openai import ChatRequest
+from server.stream import EventStream
+from server.translate import Call, chat_call
+from steering import Delta, Finished
+
+router = APIRouter(tags=["OpenAI"])
+Body = Annotated[ChatRequest, Depends(json_body(ChatRequest, refuse=True))]
+
+
+@router.post("/v1/chat/completions", responses=ERRORS, openapi_extra=takes(ChatRequest))
+async def chat(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
+    """Answer a chat, steered by the `steering` object where there is one."""
+    host.require_model(body.model)
+    call = await run_in_threadpool(chat_call, body, host)
+    note(http, call)
+    generation = service.generate(list(call.requests))
+    if body.stream:
+        return EventStream(_chunks(call, generation, host.token_text), generation)
+    ends = await generation.finished(http)
+    return JSONResponse(_completion(call, ends, host.token_text))
+
+
+def _completion(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": end.text, "refusal": None},
+            "logprobs": None if end.logprobs is None else chat_logprobs(end.logprobs, text),
+            "finish_reason": end.reason,
+            "stop_reason": end.stop_reason,
+        }
+        for index, end in enumerate(ends)
+    ]
+    body = {**_head(call, "chat.completion"), "choices": choices, "usage": usage(ends, call.prompts)}
+    if call.steered:
+        body["steering"] = receipt(ends, call.programs, text if call.trace else None)
+    return body
+
+
+async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:
+    """Role once, text, each finish reason with an empty delta, the receipt, the usage."""
+    for index in range(len(call.requests)):
+        yield _chunk(call, index, {"role": "assistant", "content": ""}, (), text)
+    ends: dict[int, Finished] = {}
+    async for piece in pieces(generation):
+        if isinstance(piece, End):
+            ends[piece.index] = piece.finished
+            yield _chunk(call, piece.index, {}, piece.deltas, text, piece.finished)
+        else:
+            yield _chunk(call, piece.index, {"content": piece.text}, piece.deltas, text)
+    ordered = [ends[index] for index in range(len(call.requests))]
+    if call.steered:
+        yield {**_chunk_head(call), "choices": [], "steering": receipt(ordered, call.programs, None)}
+    if call.include_usage:
+        yield {**_chunk_head(call), "choices": [], "usage": usage(ordered, call.prompts)}
+
+
+def _chunk(
+    call: Call, index: int, delta: Json, deltas: Sequence[Delta], text: TokenText, end: Finished | None = None
+) -> Json:
+    logprobs = [one.logprob for one in deltas if one.logprob is not None]
+    choice: Json = {
+        "index": index,
+        "delta": delta,
+        "logprobs": chat_logprobs(logprobs, text) if logprobs else None,
+        "finish_reason": end.reason if end else None,
+    }
+    if end:
+        choice["stop_reason"] = end.stop_reason
+    body = {**_chunk_head(call), "choices": [choice]}
+    if call.trace and deltas:
+        body["steering"] = traced(deltas, text)
+    return body
+
+
+def _chunk_head(call: Call) -> Json:
+    head = _head(call, "chat.completion.chunk")
+    return {**head, "usage": None} if call.include_usage else head
+
+
+def _head(call: Call, kind: str) -> Json:
+    return {"id": call.id, "object": kind, "created": call.created, "model": call.model}

@@ -1,0 +1,72 @@
+"""`POST /v1/generate`: native generation, side by side with the unsteered twin where asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+
+from server.account import Json, TokenText, completion_logprobs, receipt, traced, usage
+from server.body import json_body
+from server.generation import Generation
+from server.pieces import End, pieces
+from server.routes.common import ERRORS, HostDep, ServiceDep, note, takes
+from server.schema.openai import GenerateRequest
+from server.stream import EventStream
+from server.translate import Call, generate_call
+from steering import Finished
+
+router = APIRouter(tags=["Setpoint"])
+Body = Annotated[GenerateRequest, Depends(json_body(GenerateRequest, refuse=True))]
+STREAMS = ("steered", "unsteered")
+"""Names of the two requests of a comparison, by index."""
+
+
+@router.post("/v1/generate", responses=ERRORS, openapi_extra=takes(GenerateRequest))
+async def generate(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
+    """Continue a prompt or a chat. With `compare` the unsteered twin runs in the same batch from the same seed."""
+    host.require_model(body.model)
+    call = await run_in_threadpool(generate_call, body, host)
+    note(http, call)
+    generation = service.generate(list(call.requests))
+    if body.stream:
+        return EventStream(_chunks(call, generation, host.token_text), generation)
+    ends = await generation.finished(http)
+    answer = {"id": call.id, "model": call.model, **_account(ends[0], host.token_text)}
+    if call.steered:
+        answer["steering"] = receipt(ends[:1], call.programs[:1], host.token_text if call.trace else None)
+    if len(ends) > 1:
+        answer["unsteered"] = _account(ends[1], host.token_text)
+    return JSONResponse(answer)
+
+
+async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:
+    """Text of both streams as it comes, the end of each with its usage, and the receipt last."""
+    ends: dict[int, Finished] = {}
+    async for piece in pieces(generation):
+        chunk: Json = {"id": call.id, "model": call.model, "stream": STREAMS[piece.index]}
+        logprobs = [one.logprob for one in piece.deltas if one.logprob is not None]
+        if isinstance(piece, End):
+            ends[piece.index] = piece.finished
+            chunk |= {"text": "", "finish_reason": piece.finished.reason, "usage": usage([piece.finished], [0])}
+        else:
+            chunk |= {"text": piece.text, "finish_reason": None}
+        if logprobs:
+            chunk["logprobs"] = completion_logprobs(logprobs, text)
+        if call.trace and piece.deltas and piece.index == 0:
+            chunk["steering"] = traced(piece.deltas, text)
+        yield chunk
+    if call.steered:
+        steering = receipt([ends[0]], call.programs[:1], None)
+        yield {"id": call.id, "model": call.model, "stream": STREAMS[0], "steering": steering}
+
+
+def _account(end: Finished, text: TokenText) -> Json:
+    """Text, reason and usage of one request."""
+    account: Json = {"text": end.text, "finish_reason": end.reason, "usage": usage([end], [0])}
+    if end.logprobs is not None:
+        account["logprobs"] = completion_logprobs(end.logprobs, text)
+    return account

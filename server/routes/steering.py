@@ -1,0 +1,71 @@
+"""`/v1/steering/…`: the types of interventions, the artifacts, and the projections of a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.concurrency import run_in_threadpool
+from pydantic import TypeAdapter
+
+from server.account import Json
+from server.body import json_body
+from server.host import Host
+from server.routes.common import ERRORS, HostDep, takes
+from server.schema.openai import TraceRequest
+from server.translate import given_tokens
+from steering import REGISTRY, SteeringError, summary, trace_prompt
+
+router = APIRouter(prefix="/v1/steering", tags=["Steering"])
+Trace = Annotated[TraceRequest, Depends(json_body(TraceRequest))]
+
+
+@router.get("/types")
+async def types() -> Json:
+    """Every type of intervention, with one line of documentation and its JSON schema."""
+    data = [
+        {"type": name, "summary": summary(method), "schema": TypeAdapter(method).json_schema()}
+        for name, method in REGISTRY.items()
+    ]
+    return {"object": "list", "data": data}
+
+
+@router.get("/artifacts", responses=ERRORS)
+async def artifacts(host: HostDep) -> Json:
+    """The artifacts of the store, by name."""
+    entries = await run_in_threadpool(host.store.entries)
+    return {"object": "list", "data": [asdict(entry) for entry in entries]}
+
+
+@router.get("/artifacts/{name}", responses=ERRORS)
+async def artifact(name: str, host: HostDep) -> Json:
+    """One artifact, read and verified; 404 when there is none."""
+    return await run_in_threadpool(host.describe, name)
+
+
+@router.post("/trace", responses=ERRORS, openapi_extra=takes(TraceRequest))
+async def trace(host: HostDep, body: Trace) -> Json:
+    """Projections of a prompt's tokens on concepts, at the input of every layer, without generation."""
+    host.require_model(body.model)
+    return await run_in_threadpool(_trace, host, body)
+
+
+def _trace(host: Host, body: TraceRequest) -> Json:
+    tokens = given_tokens(host, body)
+    concepts = []
+    for index, name in enumerate(body.concepts):
+        try:
+            concepts.append(host.shelf.concept(name))
+        except SteeringError as error:
+            error.param = f"concepts[{index}]"
+            raise
+    found = trace_prompt(host.plant, concepts, tokens, body.units)
+    return {
+        "object": "steering.trace",
+        "model": host.model_id,
+        "units": body.units,
+        "layers": list(range(host.plant.depth)),
+        "tokens": [{"id": token, "text": host.token_text(token)} for token in tokens],
+        "concepts": {one.concept: {"projections": one.in_units, "raw": one.raw} for one in found},
+    }

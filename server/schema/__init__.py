@@ -1,0 +1,1 @@
+"""Wire types: what arrives and what leaves, as JSON."""

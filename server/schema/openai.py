@@ -1,0 +1,185 @@
+"""Requests in OpenAI's shape, with vLLM's sampling fields and the `steering` object.
+
+Types only: whatever needs the model (lengths, token ids, concepts) is checked in `server.translate`. Unknown fields are
+tolerated, as OpenAI does; fields that are known, not supported and would change the answer are refused (`UNSUPPORTED`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.schema.steering import SteeringSpec, Target
+
+_NOTHING: tuple[object, ...] = (None, False, [], {}, "")
+
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "add_special_tokens": (None, True),
+    "allowed_token_ids": _NOTHING,
+    "audio": _NOTHING,
+    "bad_words": _NOTHING,
+    "best_of": (None, 1),
+    "chat_template": _NOTHING,
+    "chat_template_kwargs": _NOTHING,
+    "continue_final_message": _NOTHING,
+    "documents": _NOTHING,
+    "echo": _NOTHING,
+    "function_call": (None, "none", "auto"),
+    "functions": _NOTHING,
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+    "guided_json": (None,),
+    "guided_regex": _NOTHING,
+    "include_stop_str_in_output": _NOTHING,
+    "length_penalty": (None, 1, 1.0),
+    "logits_processors": _NOTHING,
+    "modalities": (None, [], ["text"]),
+    "prompt_embeds": _NOTHING,
+    "prompt_logprobs": (None, False),
+    "response_format": (None, {"type": "text"}),
+    "return_token_ids": _NOTHING,
+    "skip_special_tokens": (None, True),
+    "structured_outputs": _NOTHING,
+    "suffix": _NOTHING,
+    "tool_choice": (None, "none", "auto"),
+    "tools": _NOTHING,
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": _NOTHING,
+    "web_search_options": (None,),
+}
+"""Fields that would change the answer and are not supported, each with the values that ask for nothing."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+
+
+class _Generation(BaseModel):
+    """The fields that every way of generating shares. null is the same as absent."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    model: str | None = None
+    """The served model's id; absent means that one."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """0 and -1 keep the whole vocabulary."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    """int64. With `n` > 1 choice i is drawn from seed + i."""
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token id, as a string → a bias from -100 to 100."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    steering: SteeringSpec | None = None
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a chat. Content is text, or parts of text, which are joined by newlines."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """Role and text, as a chat template takes them."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(min_length=1)]
+Prompt = str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+"""One text, one list of token ids, or several of either."""
+
+
+class ChatRequest(_Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """As `max_tokens`, which it overrides; absent, the answer may fill the context."""
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class CompletionRequest(_Generation):
+    """`POST /v1/completions`. `max_tokens` is 16 when absent."""
+
+    prompt: Prompt
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class GenerateRequest(_Generation):
+    """`POST /v1/generate`: one continuation, and with `compare` that of the unsteered twin."""
+
+    prompt: str | TokenIds | None = None
+    messages: Messages | None = None
+    """Either `prompt` or `messages`."""
+    targets: Annotated[dict[str, Target], Field(max_length=16)] | None = None
+    """Short for `steering.targets`."""
+    compare: bool | None = None
+    """Run the unsteered twin in the same batch, from the same seed."""
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """`POST /tokenize`, in vLLM's shape."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    """Either `prompt` or `messages`."""
+    add_special_tokens: bool = True
+    """For a prompt: whether to add the model's beginning-of-text token."""
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """`POST /detokenize`, in vLLM's shape."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class TraceRequest(BaseModel):
+    """`POST /v1/steering/trace`: projections of a prompt on concepts, without generation. Strict, as `steering` is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | TokenIds | None = None
+    messages: Messages | None = None
+    concepts: Annotated[list[str], Field(min_length=1, max_length=32)]
+    units: Literal["centred", "contrast", "absolute"] = "centred"
+
+
+def unsupported_field(data: Mapping[str, Any]) -> str | None:
+    """The first field of `data` that asks for something this server cannot do."""
+    for name, harmless in UNSUPPORTED.items():
+        if name in data and not any(type(data[name]) is type(value) and data[name] == value for value in harmless):
+            return name
+    return None

@@ -1,0 +1,118 @@
+"""What a server is told when it starts: frozen, checked once, every field with a `SETPOINT_…` environment variable."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from steering import SpecError
+
+ENV_PREFIX = "SETPOINT_"
+
+
+def default_store() -> Path:
+    """$SETPOINT_STORE, else the platform's folder for user data."""
+    if chosen := os.environ.get(f"{ENV_PREFIX}STORE"):
+        return Path(chosen)
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local"))
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share"))
+    return base / "setpoint" / "store"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Settings of one server. Raises SpecError that names the option."""
+
+    model: str | None = None
+    """Folder or hub id; None: the embedded demo model."""
+    served_model_name: str | None = None
+    """Id under which the model is served; None: `setpoint-demo`, or the last part of `model`."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free port."""
+    device: str = "auto"
+    """A torch device; `auto` takes a GPU where there is one."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    max_batch: int = 32
+    """Requests that run at once."""
+    max_model_len: int | None = None
+    """Longest prompt and completion together, in tokens; None: the model's context."""
+    queue_limit: int = 256
+    """Requests that may wait; more are refused with a 429."""
+    api_key: str | None = None
+    """Required as a bearer token when set, except for the health checks."""
+    insecure: bool = False
+    """Allow a host that others can reach without an API key."""
+    store: Path | None = None
+    """Folder of the artifacts; None: `default_store()`."""
+    drain_seconds: float = 30.0
+    """How long running requests may take to finish after SIGTERM."""
+    body_limit: int = 2**20
+    """Largest request body, in bytes."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch", 1), ("queue_limit", 1), ("body_limit", 1), ("drain_seconds", 0)):
+            if not getattr(self, name) >= least:
+                raise SpecError(name, expected=f"a number >= {least}", got=getattr(self, name))
+        if not 0 <= self.port <= 65535:
+            raise SpecError("port", expected="0 to 65535", got=self.port)
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise SpecError("max_model_len", expected="an integer >= 1", got=self.max_model_len)
+        if self.api_key is not None and not self.api_key.strip():
+            raise SpecError("api_key", expected="a key that is not empty", advice="leave it out to serve without one")
+        if not (self.is_loopback or self.api_key or self.insecure):
+            raise SpecError(
+                "host",
+                expected="a loopback address when there is no API key",
+                got=self.host,
+                advice="set --api-key, or --insecure to serve anyone who can reach this machine",
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach `host`."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the artifacts."""
+        return self.store or default_store()
+
+    @classmethod
+    def from_env(cls) -> ServerSettings:
+        """Settings from `SETPOINT_…` variables alone, for servers that are not started by the command line."""
+        hints = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for field in fields(cls):
+            text = os.environ.get(f"{ENV_PREFIX}{field.name.upper()}")
+            if text:
+                given[field.name] = _parsed(field.name, text, hints[field.name])
+        return cls(**given)
+
+
+def _parsed(name: str, text: str, hint: object) -> object:
+    """`text` as the type of a field: the first of bool, int, float and Path that the annotation names, else itself."""
+    named = str(hint)
+    try:
+        if "bool" in named:
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        return (
+            int(text)
+            if "int" in named
+            else float(text)
+            if "float" in named
+            else Path(text)
+            if "Path" in named
+            else text
+        )
+    except (ValueError, KeyError) as error:
+        raise SpecError(f"{ENV_PREFIX}{name.upper()}", expected="a value of the setting's type", got=text) from error

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from server.cli import app
+from steering import Store
+
+POSITIVE = ["the cat is good and happy", "we love the big dog", "they like the nice bird", "a happy day in the sun"]
+NEGATIVE = ["the cat is bad and sad", "we hate the big dog", "they hate the rude bird", "a sad day in the night"]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(result: Result, part: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert part in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert len(said) == 1
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> tuple[Path, Path]:
+    positive, negative = tmp_path / "positive.txt", tmp_path / "negative.jsonl"
+    positive.write_text("\n".join(POSITIVE))
+    negative.write_text("\n".join(json.dumps({"text": text}) for text in NEGATIVE))
+    return positive, negative
+
+
+def test_fit_then_list_show_verify_generate_rm(model_folder: Path, examples: tuple[Path, Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    positive, negative = examples
+    options = ["--model", model_folder, "--store", store]
+    fitted = run(
+        "fit", "joy", "--positive", positive, "--negative", negative, *options, "--jacobian-prompts", "2", "--layers",
+        "1-2", "--json",
+    )  # fmt: skip
+    assert fitted.exit_code == 0, fitted.output
+    assert json.loads(fitted.stdout)["name"] == "joy"
+    assert Store(store).load("joy").body["layers"] == [1, 2]
+
+    listed = json.loads(run("artifacts", "list", "--store", store, "--json").stdout)["data"]
+    assert "joy" in [one["name"] for one in listed]
+    assert "joy" in run("artifacts", "list", "--store", store).stdout
+    shown = json.loads(run("artifacts", "show", "joy", "--store", store, "--json").stdout)
+    assert shown["tensors"]["direction"]["shape"] == [4, 32]
+    assert run("artifacts", "verify", "joy", "--store", store).exit_code == 0
+
+    made = run(
+        "generate", "the cat", "--target", "joy=2", *options, "--max-tokens", "6", "--temperature", "0", "--json"
+    )
+    assert made.exit_code == 0, made.output
+    body = json.loads(made.stdout)
+    assert body["steering"]["tracking"]["joy"]["setpoint"] == 2
+    assert {"text", "finish_reason", "usage"} <= set(body["unsteered"])
+    table = run(
+        "generate", "the cat", "--target", "joy=1", "--method", "ablate", "--raw", *options, "--max-tokens", "4"
+    )
+    assert table.exit_code == 0, table.output
+    assert "unsteered" in table.stdout
+    assert "effort" in table.stdout
+    refused(run("generate", "the cat", "--target", "grief=2", *options), "joy")
+    refused(run("generate", "the cat", "--target", "joy=nan", *options), "finite")
+    refused(run("generate", "the cat", "--target", "joy", *options), "NAME=λ")
+    refused(run("generate", "the cat", "--target", "joy=1", "--method", "magic", *options), "lqr")
+    refused(run("generate", "the cat", "--target", "joy=1", "--temperature", "9", *options), "temperature")
+
+    assert run("artifacts", "rm", "joy", "--store", store).exit_code == 0
+    refused(run("artifacts", "show", "joy", "--store", store), "no artifact")
+
+
+def test_bad_examples_name_file_and_row(model_folder: Path, examples: tuple[Path, Path], tmp_path: Path) -> None:
+    positive, negative = examples
+    options = ["--model", model_folder, "--store", tmp_path / "store"]
+    bad = tmp_path / "bad.jsonl"
+
+    def fit(first: Path, second: Path, name: str = "joy") -> Result:
+        return run("fit", name, "--positive", first, "--negative", second, *options)
+
+    bad.write_text("")
+    refused(fit(bad, negative), "bad.jsonl")
+    bad.write_text('{"text": "the cat"}\n{"tex": "dog"}\n')
+    refused(fit(positive, bad), "bad.jsonl line 2")
+    bad.write_text('{"text": "the cat"}\n')
+    refused(fit(positive, bad), "negative")
+    refused(fit(positive, tmp_path / "absent.txt"), "absent.txt")
+    refused(fit(positive, positive), "differ")
+    refused(fit(positive, negative, name="No Such Name"), "name")
+    refused(run("fit", "joy", "--positive", positive, "--negative", negative, *options, "--layers", "9"), "layers")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["no/such/folder"], "does not exist"),
+        (["--max-batch", "0"], "max_batch"),
+        (["--engine", "vllm"], "native"),
+        (["--device", "abacus"], "device"),
+        (["--dtype", "float8"], "dtype"),
+    ],
+    ids=str,
+)
+def test_serve_refuses_bad_arguments(arguments: list[str], part: str, tmp_path: Path) -> None:
+    refused(run("serve", "--port", "0", "--store", tmp_path, *arguments), part)
+
+
+def test_serve_names_a_busy_port(address: str) -> None:
+    port = address.rsplit(":", 1)[1]
+    refused(run("serve", "--port", port), port)
+
+
+def test_verify_finds_the_damaged_file(folder: Path) -> None:
+    result = run("artifacts", "verify", "--store", folder, "--json")
+    assert result.exit_code == 1
+    assert [one["name"] for one in json.loads(result.stdout)["data"] if not one["ok"]] == ["broken"]
+
+
+def test_every_option_has_an_environment_variable() -> None:
+    root = typer.main.get_command(app)
+    commands = [*root.commands.values(), *root.commands["artifacts"].commands.values()]  # type: ignore[attr-defined]
+    options = [(c.name, p) for c in commands for p in c.params if p.param_type_name == "option" and p.name != "help"]
+    assert len(options) > 40
+    for name, option in options:
+        assert str(option.envvar).startswith("SETPOINT_"), (name, option.name)
+
+
+def test_doctor_and_version(tmp_path: Path) -> None:
+    healthy = run("doctor", "--store", tmp_path, "--json")
+    checks = {one["name"]: one for one in json.loads(healthy.stdout)["data"]}
+    assert healthy.exit_code == 0
+    assert {"python", "torch", "triton", "kernels", "store", "package named kernels"} <= set(checks)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    sick = run("doctor", "--store", blocked, "--json")
+    assert sick.exit_code == 1
+    store = next(one for one in json.loads(sick.stdout)["data"] if one["name"] == "store")
+    assert store["state"] == "failed"
+    assert "--store" in store["fix"]
+    assert json.loads(run("version", "--json").stdout)["setpoint"]
+
+
+def test_foreign_kernels_package_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from steering import doctor
+
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.9" if name == "kernels" else known(name))
+    assert run("doctor", "--store", tmp_path).exit_code == 1
+    check = next(check for check in doctor.diagnose(tmp_path) if check.name == "package named kernels")
+    assert (check.state, "pip uninstall kernels" in check.fix) == ("failed", True)

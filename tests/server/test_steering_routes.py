@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.server.wire import error
+
+
+def test_types_are_the_registry(client: httpx.Client) -> None:
+    listed = {one["type"]: one for one in client.get("/v1/steering/types").json()["data"]}
+    assert set(listed) >= {"lqr", "pid", "add", "ablate", "clamp"}
+    for name, one in listed.items():
+        assert one["summary"]
+        assert "\n" not in one["summary"]
+        assert one["schema"]["properties"]["type"]["const"] == name
+        assert one["schema"]["additionalProperties"] is False
+    assert listed["lqr"]["schema"]["required"] == ["concept", "setpoint"]
+    assert listed["lqr"]["schema"]["properties"]["setpoint"]["description"]
+
+
+def test_artifacts(client: httpx.Client) -> None:
+    listed = client.get("/v1/steering/artifacts").json()
+    assert listed["object"] == "list"
+    assert {"name", "kind", "fingerprint", "model", "created", "quality"} <= set(listed["data"][0])
+    assert {"happy", "animal", "foreign"} <= {one["name"] for one in listed["data"]}
+    one = client.get("/v1/steering/artifacts/happy").json()
+    assert (one["name"], one["kind"]) == ("happy", "concept")
+    assert one["tensors"]["direction"] == {"dtype": "float32", "shape": [4, 32]}
+    assert error(client.get("/v1/steering/artifacts/nobody"), 404)["code"] == "artifact_not_found"
+    assert error(client.get("/v1/steering/artifacts/No..pe"), 404)["code"] == "artifact_not_found"
+    assert error(client.get("/v1/steering/artifacts/broken"), 409)["code"] == "artifact_corrupt"
+
+
+def test_trace_is_what_the_laws_read(client: httpx.Client) -> None:
+    """The first generated token is drawn at the last prompt token: its reading at a layer that nothing has moved yet is
+    the projection that the trace of the prompt reports there."""
+    traced = client.post("/v1/steering/trace", json={"prompt": "the cat sat", "concepts": ["happy", "animal"]}).json()
+    assert [t["text"] for t in traced["tokens"]] == ["<s>", "the", "cat", "sat"]
+    assert set(traced["concepts"]) == {"happy", "animal"}
+    body = {
+        "prompt": "the cat sat", "max_tokens": 1,
+        "steering": {"interventions": [{"type": "lqr", "concept": "happy", "setpoint": 1.0}], "trace": "tokens"},
+    }  # fmt: skip
+    readings = client.post("/v1/completions", json=body).json()["steering"]["trace"][0]["readings"]
+    first = min(readings, key=lambda one: one["layer"])
+    assert first["projection"] == pytest.approx(
+        traced["concepts"]["happy"]["projections"][-1][first["layer"]], abs=1e-4
+    )
+    raw, scaled = (traced["concepts"]["happy"][name] for name in ("raw", "projections"))
+    assert raw[1][1] != scaled[1][1]
+    absolute = client.post(
+        "/v1/steering/trace", json={"prompt": "the cat sat", "concepts": ["happy"], "units": "absolute"}
+    ).json()
+    assert absolute["concepts"]["happy"]["projections"][1] == pytest.approx(raw[1])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"concepts": ["happy"]}, 400, "prompt"),
+        ({"prompt": "a", "concepts": []}, 400, "concepts"),
+        ({"prompt": "a", "concepts": ["happy", "nobody"]}, 400, "concepts[1]"),
+        ({"prompt": "a", "concepts": ["foreign"]}, 409, "concepts[0]"),
+        ({"prompt": "a", "concepts": ["happy"], "units": "feet"}, 400, "units"),
+        ({"prompt": "a", "concepts": ["happy"], "layer": 1}, 400, "layer"),
+        ({"prompt": [99], "concepts": ["happy"]}, 400, "prompt"),
+    ],
+    ids=str,
+)
+def test_bad_traces(client: httpx.Client, body: dict[str, object], status: int, param: str) -> None:
+    assert error(client.post("/v1/steering/trace", json=body), status)["param"] == param
