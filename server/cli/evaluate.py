@@ -27,7 +27,7 @@ def evaluate(
         int, typer.Option(envvar="SETPOINT_TUNE_PROMPTS", help="Prompts to choose strengths on.")
     ] = 32,
     seeds: Annotated[int, typer.Option(envvar="SETPOINT_SEEDS", help="Answers a prompt.")] = 3,
-    max_tokens: Annotated[int, typer.Option(envvar="SETPOINT_MAX_TOKENS", help="Longest answer in tokens.")] = 40,
+    max_tokens: Annotated[int, typer.Option(envvar="SETPOINT_MAX_TOKENS", help="Longest answer in tokens.")] = 64,
     out: Annotated[Path, typer.Option(envvar="SETPOINT_OUT", help="Folder for the results.")] = Path("eval"),
     store: StoreFolder = None,
     as_json: AsJson = False,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steering.concept import Concept
 from steering.control import setpoints
 from steering.errors import SpecError
 from steering.methods import Ablate, Add, Clamp, Lqr, Pid
 from steering.methods.base import meter
-from steering.program import Program, Term
+from steering.program import Program, Scope, Term
 from steering.registry import Bench, Intervention
 from steering.types import Gains, Units, across
 
@@ -40,21 +40,26 @@ class Condition:
     method: str
     strength: float
 
+    @property
+    def scope(self) -> Scope:
+        """Where the concept is applied: refusal and compliance where they were read, the prompt's last token."""
+        return Scope("last", "none") if self.concept in ("refusal", "compliance") else Scope()
+
     def intervention(self) -> Intervention | None:
         """The intervention, or None for the unsteered model. Raises SpecError for a method that the table lacks."""
         concept, strength = self.concept, self.strength
         found: Intervention | None = None
         match self.method:
             case "add":
-                found = Add(concept=concept, strength=strength)
+                found = Add(concept=concept, apply=self.scope, strength=strength)
             case "ablate":
-                found = Ablate(concept=concept, strength=strength)
+                found = Ablate(concept=concept, apply=self.scope, strength=strength)
             case "clamp":
-                found = Clamp(concept=concept, setpoint=strength)
+                found = Clamp(concept=concept, apply=self.scope, setpoint=strength)
             case "pid":
-                found = Pid(concept=concept, setpoint=strength)
+                found = Pid(concept=concept, apply=self.scope, setpoint=strength)
             case method if method in LQR_GAINS:
-                found = Lqr(concept=concept, setpoint=strength, gains=LQR_GAINS[method])
+                found = Lqr(concept=concept, apply=self.scope, setpoint=strength, gains=LQR_GAINS[method])
             case method if method != "none":
                 raise SpecError("method", expected=f"one of {', '.join(METHODS)}", got=method)
         return found
@@ -63,7 +68,7 @@ class Condition:
         """What the engine runs. The unsteered model carries meters, which measure and do nothing."""
         intervention = self.intervention()
         if intervention is None:
-            return Program((meters(bench.concept(self.concept)),))
+            return Program((replace(meters(bench.concept(self.concept)), scope=self.scope),))
         return Program((intervention.compile(bench),))
 
 

@@ -46,7 +46,7 @@ class Suite:
     tune_prompts: int = 32
     test_prompts: int = 64
     seeds: tuple[int, ...] = (0, 1, 2)
-    max_tokens: int = 40
+    max_tokens: int = 64
     temperature: float = 0.8
     extra_strengths: tuple[float, ...] = (1.0, 2.0)
     """Setpoints of `lqr` that are reported on the test prompts whatever was chosen."""

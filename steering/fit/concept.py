@@ -33,7 +33,7 @@ from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
 from steering.types import Gains
 
-PositionRule = Literal["auto", "answer", "last", "all"]
+PositionRule = Literal["auto", "answer", "late", "last", "all"]
 Progress = Callable[[str, float], None]
 """Called with the stage's name and the fraction done, 0 to 1, of the whole fit."""
 
@@ -184,7 +184,7 @@ def data_hash(classes: dict[str, list[Example]]) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(classes, sort_keys=True).encode()).hexdigest()}"
 
 
-def _states(plant: Plant, rows: list[tuple[list[int], range]], progress: Callable[[int, int], None]) -> Tensor:
+def _states(plant: Plant, rows: list[tuple[list[int], Sequence[int]]], progress: Callable[[int, int], None]) -> Tensor:
     """Mean states (N, L+1, D) of encoded examples."""
     sites = state_sites(plant)
     means = capture_means(plant, [ids for ids, _ in rows], sites, [chosen for _, chosen in rows], progress=progress)
@@ -217,7 +217,7 @@ def _quality(direction_LD: Tensor, states: dict[str, Tensor], held: dict[str, Te
     }
 
 
-def _jacobian_prompts(encoded: dict[str, list[tuple[list[int], range]]], count: int) -> list[list[int]]:
+def _jacobian_prompts(encoded: dict[str, list[tuple[list[int], Sequence[int]]]], count: int) -> list[list[int]]:
     """Prefixes that end at a token the fit read, half of each class, evenly spread over the examples."""
     prompts = []
     for side, share in (("positive", (count + 1) // 2), ("negative", count // 2)):

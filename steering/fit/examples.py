@@ -84,12 +84,15 @@ def checked_class(name: str, examples: Sequence[Example], *, least: int = 2) -> 
     return [checked_example(f"{name}[{row}]", example) for row, example in enumerate(examples)]
 
 
-def encode_example(plant: Plant, where: str, example: Example, positions: str, skip: int) -> tuple[list[int], range]:
-    """Token ids of an example, and the range of positions that a fit reads.
+def encode_example(
+    plant: Plant, where: str, example: Example, positions: str, skip: int
+) -> tuple[list[int], Sequence[int]]:
+    """Token ids of an example, and the positions that a fit reads, ascending.
 
     positions: `last` the last token · `all` every token from `skip` on · `answer` the tokens of a chat's last message,
-    which has to be the assistant's · `auto` `answer` for a chat that ends with the assistant, `last` for another chat,
-    `all` for a text. An example longer than the model's context keeps its end. Raises SpecError that names `where`.
+    which has to be the assistant's · `late` the second half of those, sentence ends counted twice: there the next
+    sentence is decided · `auto` `answer` for a chat that ends with the assistant, `last` for another chat, `all` for a
+    text. An example longer than the model's context keeps its end. Raises SpecError that names `where`.
     """
     ids = plant.encode(example)
     dropped = max(0, len(ids) - plant.context)
@@ -103,5 +106,15 @@ def encode_example(plant: Plant, where: str, example: Example, positions: str, s
     elif ends_with_answer:
         start = min(len(plant.encode(example[:-1])) if len(example) > 1 else 1, len(ids) - 1)
     else:
-        raise SpecError(where, expected="a chat that ends with the assistant, for positions 'answer'", got=example)
-    return ids[dropped:], range(max(start - dropped, 0), len(ids) - dropped)
+        raise SpecError(
+            where, expected=f"a chat that ends with the assistant, for positions {positions!r}", got=example
+        )
+    if positions == "late":
+        start += (len(ids) - start) // 2
+    chosen = range(max(start - dropped, 0), len(ids) - dropped)
+    if positions == "late":
+        ends = [
+            i for i in chosen[:-1] if str(plant.tokenizer.decode([ids[dropped + i]])).strip().endswith((".", "!", "?"))
+        ]
+        return ids[dropped:], sorted([*chosen, *ends])
+    return ids[dropped:], chosen
