@@ -120,13 +120,14 @@ def read_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["setpoint"], parse_constant=_no_constant)
         fields = {name: header[name] for name in FIELDS}
+        seal = _seal({name: value for name, value in fields.items() if name != "seal"})
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _corrupt(path, "it is not a safetensors file written by Setpoint") from error
     if fields["format"] != FORMAT:
         raise _corrupt(path, f"its format is not {FORMAT}")
     if not all(isinstance(value, dict if name == "body" else str) for name, value in fields.items()):
         raise _corrupt(path, "its metadata has wrong types")
-    if fields.pop("seal") != _seal(fields):
+    if fields.pop("seal") != seal:
         raise _corrupt(path, "its metadata does not match its seal")
     try:
         checked_name(fields["name"])

@@ -5,7 +5,6 @@ SteeringError
 ├─ PlantError       400  this architecture, site or prompt is not supported by the model
 ├─ ControlError     400  the control problem has no usable answer
 │  ├─ DimensionMismatch
-│  ├─ NotStabilizable
 │  └─ IllConditioned
 ├─ ArtifactError    409  an artifact cannot be used with this model
 │  ├─ ArtifactCorrupt
@@ -75,12 +74,6 @@ class DimensionMismatch(ControlError):
     """Tensors of a control problem do not fit each other."""
 
     code = "dimension_mismatch"
-
-
-class NotStabilizable(ControlError):
-    """No gain of this form holds the state."""
-
-    code = "not_stabilizable"
 
 
 class IllConditioned(ControlError):

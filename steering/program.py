@@ -105,8 +105,9 @@ class Scope:
 class Guard:
     """Bounds on a whole request.
 
-    max_effort bounds the sum over layers of ‖u_l‖/‖x_l‖ at each token. max_kl bounds, in nats and per token, how far
-    the next-token distribution may move from that of the unsteered twin, which runs in the same batch.
+    max_effort bounds the sum over layers of ‖u_l‖/‖x_l‖ at each token; where several routes write one block (S-PID)
+    their efforts are added before they are compared, which errs on the safe side. max_kl bounds, in nats and per token,
+    how far the next-token distribution may move from that of the unsteered twin, which runs in the same batch.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}

@@ -197,6 +197,17 @@ def test_a_changed_header_is_refused(tmp_path: Path, change: Callable[[dict[str,
         Artifact.load(path)
 
 
+def test_a_number_beyond_float64_in_a_header_is_refused(tmp_path: Path) -> None:
+    path = SMALL.save(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        document = file.metadata()["setpoint"]
+    save_file(
+        {"v": torch.zeros(1)}, path, metadata={"setpoint": document.replace('"layers": [1]', '"layers": [1e999]')}
+    )
+    with pytest.raises(ArtifactCorrupt, match="written by Setpoint"):
+        read_header(path)
+
+
 @pytest.mark.parametrize("name", ["name", "created", "kind", "model"])
 def test_the_seal_covers_every_field(tmp_path: Path, name: str) -> None:
     path = SMALL.save(tmp_path)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def _clearest(name: str, rows: list[Example], n: int) -> list[Example]:
     return sorted(rows, key=lambda row: -_clarity(name, row))[:n]
 
 
-def _users(tasks: Sequence[str] | dict[str, tuple[str, ...]], n: int) -> list[Example]:
+def _users(tasks: Collection[str], n: int) -> list[Example]:
     """`n` chats of the training split that ask for one of the tasks and are not answered yet."""
     rng = random.Random(f"setpoint-ready-{SEED}-{len(tasks)}")
     found: list[Example] = []

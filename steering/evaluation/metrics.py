@@ -3,7 +3,8 @@
 perplexity   exp(mean negative log-likelihood of the generated tokens under the unsteered model, given their prompts);
              the mean runs over all tokens of the set, so that empty and short answers weigh what they are
 distinct-n   distinct word n-grams over all word n-grams of the set (Li et al. 2016, arXiv:1510.03055)
-interval     Wilson score interval of a rate, 95% (Wilson 1927)
+interval     Wilson score interval of a rate, 95% (Wilson 1927), over answers: those of one prompt under several seeds
+                 are not quite independent, so it is a little narrow
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ term, and later blocks sum from the next one on. The first controlled block has 
 on that token alone; the published code keeps the sum and the last error across tokens and batch rows, which is a leak,
 not a term.
 Shapes: v (L, D), β (L,).   Cost: one rank-1 law for every pair of blocks in a window.
+`max_effort` is shared out over the routes that write a block, each part relative to the state that it reads.
 Source: arXiv:2604.19018, S-PID baseline.   Oracle: the sums formed layer by layer.
 """
 

@@ -102,7 +102,7 @@ class Plant:
         if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "/", "~"))) and "/" in name:
             raise PlantError(f"The model folder {echo(name)} does not exist.", param="model")
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except _UNLOADABLE as error:
             raise _not_loaded(name, error) from error
         if config.model_type not in LAYOUTS:
@@ -168,16 +168,16 @@ class Plant:
         """`steering.plant.taps.tap` with this plant's layout, on one of its shells."""
         return tap(shell, self.layout, site, fn)
 
-    def encode(self, prompt: str | Sequence[Message], *, open_end: bool = False) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], *, open_end: bool = False, answer: bool = False) -> list[int]:
         """Token ids of a text (with the tokenizer's special tokens) or of a chat.
 
         A chat that ends with the user or the system gets the template's generation prompt. One that ends with the
         assistant is encoded whole, with its end token, as training data would be; with `open_end` it is left open, for
-        the model to continue that message.
+        the model to continue that message, and with `answer` it gets the generation prompt too, for another turn.
         Raises PlantError if nothing is left after tokenisation, the model has no chat template, or the template refuses
         the messages.
         """
-        ids = self._text(prompt) if isinstance(prompt, str) else self._chat(prompt, open_end)
+        ids = self._text(prompt) if isinstance(prompt, str) else self._chat(prompt, open_end, answer)
         if not ids:
             raise PlantError("The prompt is empty after tokenisation: expected at least one token.", param="prompt")
         return ids
@@ -185,7 +185,7 @@ class Plant:
     def _text(self, prompt: str) -> list[int]:
         return list(self.tokenizer(prompt).input_ids)
 
-    def _chat(self, messages: Sequence[Message], open_end: bool) -> list[int]:
+    def _chat(self, messages: Sequence[Message], open_end: bool, answer: bool) -> list[int]:
         if not messages:
             raise PlantError("The chat is empty: expected at least one message.", param="messages")
         if not self.tokenizer.chat_template:
@@ -197,7 +197,7 @@ class Plant:
             ends_with_answer = messages[-1]["role"] == "assistant"
             ids = self.tokenizer.apply_chat_template(
                 list(messages),
-                add_generation_prompt=not ends_with_answer,
+                add_generation_prompt=answer or not ends_with_answer,
                 continue_final_message=open_end and ends_with_answer,
                 tokenize=True,
                 return_dict=False,
@@ -231,7 +231,7 @@ def _weights(name: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
     """The checkpoint's model on the CPU. Raises PlantError if it cannot be loaded, or not all of it."""
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True
+            name, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except _UNLOADABLE as error:
         raise _not_loaded(name, error) from error
@@ -248,7 +248,7 @@ def _weights(name: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
 def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights. Raises PlantError if it is missing or damaged."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
         if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in files):
             # Some families then get an empty vocabulary without a word.

@@ -12,13 +12,14 @@ R is one number for the whole bank and doubles when a wider program arrives; onl
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steering.errors import BankFull
+from steering.law import Law
 from steering.program import Program, as_float32
 from steering.types import Route
 
@@ -93,27 +94,26 @@ class Bank:
         if program.acts:
             self._held[program.shape].users -= 1
 
-    @property
-    def n_held(self) -> int:
-        """Distinct programs that running sequences hold."""
-        return sum(slot.users > 0 for slot in self._held.values())
-
     def _fill(self, program: Program) -> _Slot:
         if not self._free:
             self._evict()
-        if program.rank > self.rank:
-            self.rank = 1 << (program.rank - 1).bit_length()
-            self.routes = {route: laws.widened(self.rank) for route, laws in self.routes.items()}
+        # All that may run out of memory comes first, and is kept only when it is whole: the neighbours' programs stay.
+        rank, routes = self.rank, dict(self.routes)
+        if program.rank > rank:
+            rank = 1 << (program.rank - 1).bit_length()
+            routes = {route: laws.widened(rank) for route, laws in routes.items()}
+        for route, law in program.laws.items():
+            if route not in routes:
+                routes[route] = LawTensors.zeros(self._n_slots + 1, rank, *law.widths, self._device)
+        resident = {route: _on(law, self._device) for route, law in program.laws.items()}
+        self.rank, self.routes = rank, routes
         slot = _Slot(self._free.pop(), 0, tuple(program.laws))
-        for route, exact in program.laws.items():
-            law = as_float32(exact)
-            if route not in self.routes:
-                self.routes[route] = LawTensors.zeros(self._n_slots + 1, self.rank, *law.widths, self._device)
-            tensors = self.routes[route]
-            tensors.probe_SRD[slot.index, : law.rank] = law.probe.to(self._device)
-            tensors.gain_SRE[slot.index, : law.rank] = law.gain.to(self._device)
-            tensors.norm_SR[slot.index, : law.rank] = law.gain.norm(dim=-1).to(self._device)
-            tensors.limit_SR[slot.index, : law.rank] = law.limit.to(self._device)
+        for route, law in resident.items():
+            tensors = routes[route]
+            tensors.probe_SRD[slot.index, : law.rank] = law.probe
+            tensors.gain_SRE[slot.index, : law.rank] = law.gain
+            tensors.norm_SR[slot.index, : law.rank] = law.gain.norm(dim=-1)
+            tensors.limit_SR[slot.index, : law.rank] = law.limit
         self._held[program.shape] = slot
         return slot
 
@@ -135,6 +135,12 @@ class Bank:
                 tensor[gone.index] = 0
             tensors.limit_SR[gone.index] = float("inf")
         self._free.append(gone.index)
+
+
+def _on(law: Law, device: torch.device) -> Law:
+    """The law in float32 on a device."""
+    exact = as_float32(law)
+    return Law(*(getattr(exact, field.name).to(device) for field in fields(Law)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ class Engine:
         self._take_inbox()
         batch = self._scheduler.step(self._admit)
         if batch is None:
-            return False
+            return bool(self._scheduler.waiting)  # one was refused as it came to be admitted: go on with the next
         self._counts["steps"] += 1
         for outcome in self._compute(batch):
             self._commit(outcome)
@@ -209,6 +209,9 @@ class Engine:
             try:
                 slot = self._bank.acquire(program)
             except BankFull:
+                return False
+            except Exception as error:  # out of memory while a program is uploaded is its request's own affair
+                self._finish(self._live[sequence.request.id].finished("error", error=_failed(error)))
                 return False
             steering = Steering.of(program, slot, Knobs.of(program), sequence.n_prompt)
             self._steerings[sequence.request.id] = steering

@@ -57,8 +57,9 @@ class Receipt:
     """The measured account of a steered request.
 
     effort: `mean` and `max` of ‖u_l‖/‖x_l‖ over layers and tokens, `sum_…` of its sum over the layers of a token (what
-    `Guard.max_effort` bounds), `saturated_tokens`. kl, with `Guard.max_kl`: `mean` and `max` divergence from the
-    unsteered twin in nats, and `limited_tokens`.
+    `Guard.max_effort` bounds), `saturated_tokens`. Where several routes write one site, as in S-PID, it is the sum of
+    their parts' efforts, each relative to the state it reads: an upper bound. kl, with `Guard.max_kl`: `mean` and `max`
+    divergence from the unsteered twin in nats, and `limited_tokens`.
     """
 
     fingerprint: str

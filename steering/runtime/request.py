@@ -86,9 +86,7 @@ class Sampling:
             _check_int("stop_token_ids", token, 0)
         _check_real("presence_penalty", self.presence_penalty, -2, 2)
         _check_real("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_real("repetition_penalty", self.repetition_penalty, 0, math.inf)
-        if self.repetition_penalty == 0:
-            raise SpecError("repetition_penalty", expected="a number > 0", got=self.repetition_penalty)
+        _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100)
         for token, bias in self.logit_bias.items():
             _check_int("logit_bias", token, 0)
             _check_real("logit_bias", bias, -100, 100)

@@ -170,6 +170,8 @@ def test_chats_end_with_the_assistants_turn_or_with_an_invitation_to_it() -> Non
     assert plant.encode([USER]) == [*user, 5]
     assert plant.encode([{**USER, "role": "system"}]) == [1, 6, 8, 10, 7, 5]
     assert plant.encode([USER, ASSISTANT]) == [*user, 5, 13, 7]
+    assert plant.encode([USER, ASSISTANT], answer=True) == [*user, 5, 13, 7, 5]
+    assert plant.encode([USER, ASSISTANT], open_end=True) == [*user, 5, 13]
     assert plant.encode("the cat sat") == [1, 8, 10, 13]
 
 

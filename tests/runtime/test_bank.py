@@ -9,7 +9,7 @@ import torch
 
 from steering.errors import BankFull
 from steering.program import Program, Term
-from steering.runtime.bank import Bank, Knobs
+from steering.runtime.bank import Bank, Knobs, LawTensors
 from steering.types import across, at
 from tests.runtime.naive import across_program, law
 
@@ -30,15 +30,34 @@ def test_a_slot_holds_the_programs_laws_and_row_zero_nothing() -> None:
 
 
 def test_a_sweep_over_knobs_shares_one_slot() -> None:
-    bank, program = Bank(4, CPU), across_program(1)
+    bank, program = Bank(1, CPU), across_program(1)
     term = program.terms[0]
     other = Program((replace(term, laws={r: replace(x, setpoint=x.setpoint + 9) for r, x in term.laws.items()}),))
     assert bank.acquire(program) == bank.acquire(other)
-    assert (len(bank), bank.n_held) == (1, 1)
+    assert len(bank) == 1
     bank.release(program)
-    assert bank.n_held == 1
+    with pytest.raises(BankFull):  # the other one still holds it
+        bank.acquire(across_program(2))
     bank.release(other)
-    assert bank.n_held == 0
+    assert bank.acquire(across_program(2)) == 1
+
+
+def test_a_program_that_does_not_fit_in_memory_leaves_the_bank_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, held = Bank(4, CPU), across_program(1)
+    bank.acquire(held)
+    before = {route: laws.probe_SRD.clone() for route, laws in bank.routes.items()}
+    wide = Program((*across_program(2).terms, *across_program(3).terms))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LawTensors, "zeros", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            bank.acquire(wide)
+    assert (bank.rank, len(bank)) == (1, 1)
+    assert all(torch.equal(bank.routes[route].probe_SRD, probe) for route, probe in before.items())
+    assert bank.acquire(wide) == 2
 
 
 def test_what_does_nothing_takes_no_slot() -> None:

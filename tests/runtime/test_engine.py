@@ -216,6 +216,26 @@ def test_a_failing_step_ends_only_the_request_at_fault(monkeypatch: pytest.Monke
     assert tokens(done[1:]) == [naive.generate(LLAMA.model, r.prompt, 10, r.program) for r in good]
 
 
+def test_a_program_that_cannot_be_made_resident_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = engine()
+    acquire = type(shared._bank).acquire
+
+    def full(bank, program):  # type: ignore[no-untyped-def]
+        if program.rank > 1:
+            raise torch.OutOfMemoryError("no room")
+        return acquire(bank, program)
+
+    monkeypatch.setattr(type(shared._bank), "acquire", full)
+    good = [Request(str(i), p, greedy(), across_program(i)) for i, p in enumerate(PROMPTS)]
+    wide = across_program(9, rank=2)
+    done = run(
+        shared,
+        [*good[:1], Request("a", PROMPTS[0], greedy(), wide), Request("b", PROMPTS[0], greedy(), wide), *good[1:]],
+    )
+    assert [d.reason for d in done[1:3]] == ["error", "error"]
+    assert tokens([done[0], *done[3:]]) == [naive.generate(LLAMA.model, r.prompt, 10, r.program) for r in good]
+
+
 def test_effort_stays_within_the_budget_and_is_reported() -> None:
     strong = across_program(1, layers=(0, 1, 2), size=5.0)
     free, bound = run(
