@@ -44,4 +44,4 @@ fmt: $(VENV)/.dev ## Format and apply the linter's safe fixes
 
 .PHONY: bench
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results/
-	for script in benchmarks/feedback.py benchmarks/fit.py benchmarks/engine.py; do $(BIN)/python $$script || exit 1; done
+	for name in feedback fit engine; do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,6 +79,37 @@ def rate(engine: Engine, n: int, n_tokens: int, programs: list[Program], prompt_
     return n * (n_tokens - 1) / (time.perf_counter() - start)
 
 
+def measure(plant: Plant, batches: list[int], n_tokens: int, repeats: int, model: str) -> dict[str, Any]:
+    """Medians and ratios for batches of each size, printed as they come."""
+    settings = EngineSettings(max_batch=max(batches), program_slots=max(batches), max_len=n_tokens + 32)
+    engine = Engine(plant, settings)
+    programs = [program(plant, seed) for seed in range(max(batches))]
+    rows = []
+    for n in batches:
+        rate(engine, n, 8, programs, 16)  # programs become resident, taps are installed
+        pairs = [(rate(engine, n, n_tokens, [], 16), rate(engine, n, n_tokens, programs, 16)) for _ in range(repeats)]
+        plain, steered = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        ratio = statistics.median(s / p for p, s in pairs)
+        rows.append({"n": n, "plain_tok_s": round(plain), "steered_tok_s": round(steered), "ratio": round(ratio, 3)})
+        print(f"n = {n:3d}   plain {plain:8.0f} tok/s   steered {steered:8.0f} tok/s   ratio {ratio:.3f}", flush=True)
+    on_gpu = plant.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "model": model,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "tokens": n_tokens,
+        "repeats": repeats,
+        "rows": rows,
+    }
+
+
+def write(body: dict[str, Any], kind: str) -> None:
+    """Keep the results of a kind of device."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"engine-{kind}.json").write_text(json.dumps(body, indent=2) + "\n")
+
+
 def main() -> None:
     """Measure, print and write the results."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,37 +119,9 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=64)
     arguments.add_argument("--repeats", type=int, default=5)
     given = arguments.parse_args()
-
     plant = Plant.load(given.model, device=given.device) if given.model else Plant(demo_sized().to(given.device))
-    settings = EngineSettings(max_batch=max(given.batch), program_slots=max(given.batch), max_len=given.tokens + 32)
-    engine = Engine(plant, settings)
-    programs = [program(plant, seed) for seed in range(max(given.batch))]
-    rows = []
-    for n in given.batch:
-        rate(engine, n, 8, programs, 16)  # programs become resident, taps are installed
-        pairs = [
-            (rate(engine, n, given.tokens, [], 16), rate(engine, n, given.tokens, programs, 16))
-            for _ in range(given.repeats)
-        ]
-        plain, steered = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
-        ratio = statistics.median(s / p for p, s in pairs)
-        rows.append({"n": n, "plain_tok_s": round(plain), "steered_tok_s": round(steered), "ratio": round(ratio, 3)})
-        print(f"n = {n:3d}   plain {plain:8.0f} tok/s   steered {steered:8.0f} tok/s   ratio {ratio:.3f}", flush=True)
-    name = (
-        torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.processor() or platform.machine()
-    )
-    body = {
-        "device": name,
-        "model": given.model or "random llama, width 192, 8 layers, vocabulary 4096",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "tokens": given.tokens,
-        "repeats": given.repeats,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    kind = torch.device(given.device).type
-    (RESULTS / f"engine-{kind}.json").write_text(json.dumps(body, indent=2) + "\n")
+    model = given.model or "random llama, width 192, 8 layers, vocabulary 4096"
+    write(measure(plant, given.batch, given.tokens, given.repeats, model), plant.device.type)
 
 
 if __name__ == "__main__":

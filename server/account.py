@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
+from server.tokens import TokenTable
 from steering import Delta, Finished, Program
 
 TokenText = Callable[[int], str]
@@ -69,12 +71,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def chat_logprobs(logprobs: Sequence[Any], text: TokenText) -> Json:
-    """Log-probabilities in the shape of chat completions."""
+def chat_logprobs(logprobs: Sequence[Any], table: TokenTable) -> Json:
+    """Log-probabilities in the shape of chat completions. `bytes` are the token's own, also of half a character."""
 
     def entry(token: int, logprob: float) -> Json:
-        piece = text(token)
-        return {"token": piece, "logprob": logprob, "bytes": list(piece.encode(errors="replace"))}
+        return {"token": table.text(token), "logprob": logprob, "bytes": table.octets(token)}
 
     content = [
         {**entry(one.token, one.logprob), "top_logprobs": [entry(token, value) for token, value in one.top]}
@@ -86,10 +87,9 @@ def chat_logprobs(logprobs: Sequence[Any], text: TokenText) -> Json:
 def completion_logprobs(logprobs: Sequence[Any], text: TokenText, offset: int = 0) -> Json:
     """Log-probabilities in the shape of text completions. `offset`: characters of the text before these tokens."""
     tokens = [text(one.token) for one in logprobs]
-    offsets = [offset + sum(map(len, tokens[:index])) for index in range(len(tokens))]
     return {
         "tokens": tokens,
         "token_logprobs": [one.logprob for one in logprobs],
         "top_logprobs": [{text(token): value for token, value in one.top} for one in logprobs],
-        "text_offset": offsets,
+        "text_offset": list(accumulate(map(len, tokens), initial=offset))[: len(tokens)],
     }

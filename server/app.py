@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -48,7 +47,6 @@ def create_app(settings: ServerSettings | None = None, host: Host | None = None,
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(SteeringError, _steering_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
     document = app.openapi
     app.openapi = lambda: _openapi(app, document())  # type: ignore[method-assign]
     return app
@@ -88,11 +86,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     else:
         message, code = str(error.detail), "http_error"
     return _render(request, ApiError(error.status_code, message, code=code, headers=error.headers))
-
-
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    logging.getLogger("setpoint").error("a request failed", exc_info=error)
-    return _render(request, ApiError(500, "The server failed to answer; its log says why.", code="internal_error"))
 
 
 def _openapi(app: FastAPI, document: dict[str, Any]) -> dict[str, Any]:

@@ -1,58 +1,86 @@
 """Reading a JSON body: the right content type, not too long, no NaN, and every field of the type it should have.
 
 Python's `json` takes NaN, Infinity and 1e999; JSON has none of them, and a setpoint of Infinity must not get past the
-first hop. They are found by walking the document, so that the error can name the field.
+first hop. Where one was read the document is walked for it, so that the error can name the field.
+
+All of it runs in a worker thread: a megabyte of JSON takes a while to read, and longer to refuse.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from server.schema.errors import ApiError, from_validation
-from server.schema.openai import unsupported_field
+from server.schema.errors import INVALID_JSON, ApiError, from_validation
+from server.schema.openai import misplaced_field, unsupported_field
 
 Body = TypeVar("Body", bound=BaseModel)
+_SIZES = {"steering": 4096, "targets": 4096, "logit_bias": 4096}
+"""Most items of any list or object below these fields: to refuse each of a hundred thousand takes seconds."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def json_body(model: type[Body], *, refuse: bool = False) -> Callable[[Request], Awaitable[Body]]:
     """A dependency that reads the request's body as `model`. `refuse`: apply the table of unsupported fields."""
 
     async def read(request: Request) -> Body:
-        data, raw = await _document(request)
-        if refuse and (name := unsupported_field(data)):
-            raise ApiError(
-                400, f"{name}: not supported by this server; leave it out.", param=name, code="unsupported_field"
-            )
-        try:
-            return model.model_validate_json(raw, strict=True)
-        except ValidationError as error:
-            raise from_validation(error.errors(include_url=False), data) from error
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "Expected the header Content-Type: application/json.", code="unsupported_media_type")
+        raw = await _bytes(request, request.app.state.settings.body_limit)
+        return await run_in_threadpool(parsed, model, raw, refuse=refuse)
 
     return read
 
 
-async def _document(request: Request) -> tuple[dict[str, Any], bytes]:
-    """The body as a JSON object, and as bytes. Raises ApiError 400, 413 or 415."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "Expected the header Content-Type: application/json.", code="unsupported_media_type")
-    raw = await _bytes(request, request.app.state.settings.body_limit)
+def parsed(model: type[Body], raw: bytes, *, refuse: bool = False) -> Body:
+    """`raw` as `model`. Raises ApiError 400."""
+    data = _document(raw)
+    if refuse and (name := misplaced_field(data, model)):
+        raise ApiError(400, f"{name}: put it into `steering`.", param=name, code="misplaced_field")
+    if refuse and (name := unsupported_field(data)):
+        raise ApiError(
+            400, f"{name}: not supported by this server; leave it out.", param=name, code="unsupported_field"
+        )
+    for field, most in _SIZES.items():
+        if field in model.model_fields:
+            _check_sizes(field, data.get(field), most)
     try:
-        data = json.loads(raw)
+        return model.model_validate_json(raw, strict=True)
+    except ValidationError as error:
+        raise from_validation(error.errors(include_url=False, include_input=False), data) from error
+
+
+def _document(raw: bytes) -> dict[str, Any]:
+    """The body as a JSON object. Raises ApiError."""
+    invalid = ApiError(400, INVALID_JSON, code="invalid_json")
+    odd: list[float] = []
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            odd.append(value)
+        return value
+
+    try:
+        data = json.loads(raw.decode("utf-8"), parse_float=number, parse_constant=number)
+        if _SURROGATE.search(raw):  # half of a pair cannot be written back, not even in an error
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The body is not valid JSON.", code="invalid_json") from error
+        raise invalid from error
     if not isinstance(data, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    for path, number in _not_finite(data):
-        raise ApiError(400, f"{path}: expected a finite number, got {number}.", param=path, code="invalid_value")
-    return data, raw
+    for path, found in _not_finite(data) if odd else ():
+        raise ApiError(400, f"{path}: expected a finite number, got {found}.", param=path, code="invalid_value")
+    return data
 
 
 async def _bytes(request: Request, limit: int) -> bytes:
@@ -77,9 +105,33 @@ def _not_finite(data: object) -> Iterator[tuple[str, str]]:
     stack: list[tuple[str, object]] = [("", data)]
     while stack:
         path, node = stack.pop()
-        if isinstance(node, dict):
-            stack += [(f"{path}{'.' if path else ''}{key[:64]}", value) for key, value in node.items()]
-        elif isinstance(node, list):
-            stack += [(f"{path}[{index}]", value) for index, value in enumerate(node)]
-        elif isinstance(node, float) and not math.isfinite(node):
-            yield path[:200], "NaN" if math.isnan(node) else "a number out of range"
+        if isinstance(node, float):
+            if not math.isfinite(node):
+                yield path[:200], "NaN" if math.isnan(node) else "a number out of range"
+            continue
+        stack += _items(path, node, (float, dict, list))
+
+
+def _check_sizes(path: str, data: object, most: int) -> None:
+    """Raise ApiError for a list or object at or below `path` with more than `most` items."""
+    stack = [(path, data)]
+    while stack:
+        path, node = stack.pop()
+        if isinstance(node, (dict, list)) and len(node) > most:
+            raise ApiError(
+                400,
+                f"{path}: expected at most {most} items, got {len(node)}.",
+                param=path[:200],
+                code="invalid_value",
+            )
+        stack += _items(path, node, (dict, list))
+
+
+def _items(path: str, node: object, kinds: tuple[type, ...]) -> list[tuple[str, object]]:
+    """The items of these kinds that stand in a list or object, with their paths."""
+    if isinstance(node, dict):
+        dot = "." if path else ""
+        return [(f"{path}{dot}{key[:64]}", value) for key, value in node.items() if isinstance(value, kinds)]
+    if isinstance(node, list):
+        return [(f"{path}[{index}]", value) for index, value in enumerate(node) if isinstance(value, kinds)]
+    return []

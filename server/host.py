@@ -15,6 +15,7 @@ import torch
 from server.generation import Generation
 from server.schema.errors import ApiError
 from server.settings import ServerSettings
+from server.tokens import TokenTable
 from steering import (
     Artifact,
     ArtifactNotFound,
@@ -62,7 +63,10 @@ def describe(store: Store, name: str) -> dict[str, Any]:
     except SpecError as error:
         raise ArtifactNotFound(f"There is no artifact named {echo(name)}.", param="name") from error
     found = Artifact.load(path)
+    quality = found.body.get("quality")
     return {
+        **found.body,  # first: what a file says of itself cannot stand for what it is
+        "quality": quality if isinstance(quality, dict) else {},
         "name": name,
         "kind": found.kind,
         "fingerprint": found.fingerprint,
@@ -74,7 +78,6 @@ def describe(store: Store, name: str) -> dict[str, Any]:
             key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for key, tensor in sorted(found.tensors.items())
         },
-        **found.body,
     }
 
 
@@ -131,10 +134,15 @@ class Host:
                 code="model_not_found",
             )
 
-    def token_text(self, token: int) -> str:
-        """The text of one token alone."""
-        text: str = self.plant.tokenizer.decode([token])
-        return text
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """Text and bytes of single tokens."""
+        return TokenTable(self.plant.tokenizer)
+
+    @property
+    def places(self) -> int:
+        """Requests that the engine holds at most, running and waiting."""
+        return self.engine.settings.max_batch + self.engine.settings.queue_limit
 
     def check_tokens(self, tokens: list[int], param: str) -> list[int]:
         """`tokens`, which must be of the vocabulary. Raises PlantError that names `param`."""

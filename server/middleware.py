@@ -1,4 +1,7 @@
-"""Around every request: an id, the API key, one line of log. Plain ASGI, so that disconnects pass through."""
+"""Around every request: an id, the API key, an answer whatever fails, one line of log.
+
+Plain ASGI, so that disconnects pass through.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,15 @@ class Gate:
             else:
                 error = ApiError(401, "Expected the header Authorization: Bearer <API key>.", code="invalid_api_key")
                 await JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, answer)
+        except Exception as error:
+            logging.getLogger("setpoint").error(
+                "a request failed", exc_info=error, extra={"fields": {"request_id": id_}}
+            )
+            state["error"] = "internal_error"
+            if status:  # half an answer is out: only a broken connection can say so
+                raise
+            failed = ApiError(500, "The server failed to answer; its log says why.", code="internal_error")
+            await JSONResponse(failed.body(), 500)(scope, receive, answer)
         finally:
             log.info("request", extra={"fields": _line(scope, state, id_, status or 500, time.perf_counter() - began)})
 

@@ -47,6 +47,8 @@ class ServerSettings:
     """Requests that may wait; more are refused with a 429."""
     api_key: str | None = None
     """Required as a bearer token when set, except for the health checks."""
+    admin_key: str | None = None
+    """The bearer token of calls that write; this version has none."""
     insecure: bool = False
     """Allow a host that others can reach without an API key."""
     store: Path | None = None
@@ -55,6 +57,12 @@ class ServerSettings:
     """How long running requests may take to finish after SIGTERM."""
     body_limit: int = 2**20
     """Largest request body, in bytes."""
+    replicas: int = 1
+    """Copies of the model; this version runs one."""
+    tensor_parallel: int = 1
+    """Devices that share the model; this version uses one."""
+    quantization: str = "none"
+    """Number format of quantized weights; this version has none."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("queue_limit", 1), ("body_limit", 1), ("drain_seconds", 0)):
@@ -64,8 +72,15 @@ class ServerSettings:
             raise SpecError("port", expected="0 to 65535", got=self.port)
         if self.max_model_len is not None and self.max_model_len < 1:
             raise SpecError("max_model_len", expected="an integer >= 1", got=self.max_model_len)
-        if self.api_key is not None and not self.api_key.strip():
-            raise SpecError("api_key", expected="a key that is not empty", advice="leave it out to serve without one")
+        for name in ("api_key", "admin_key"):
+            key = getattr(self, name)
+            if key is not None and not key.strip():
+                raise SpecError(name, expected="a key that is not empty", advice="leave it out to serve without one")
+        for name, only in (("replicas", 1), ("tensor_parallel", 1), ("quantization", "none")):
+            if getattr(self, name) != only:
+                raise SpecError(
+                    name, expected=f"{only}", got=getattr(self, name), advice="anything else is not in this version"
+                )
         if not (self.is_loopback or self.api_key or self.insecure):
             raise SpecError(
                 "host",

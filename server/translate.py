@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.host import Host
-from server.schema.openai import ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, TraceRequest
+from server.schema.errors import ApiError
+from server.schema.openai import ChatRequest, CompletionRequest, GenerateRequest, Message, TokenizeRequest, TraceRequest
 from server.schema.steering import SteeringSpec
 from steering import PlantError, Program, Request, Sampling, SpecError
 
@@ -45,20 +46,22 @@ class Call:
 
 def chat_call(body: ChatRequest, host: Host) -> Call:
     """Requests of a chat completion. Raises SteeringError that names the field."""
-    tokens = host.plant.encode([message.plain() for message in body.messages])
+    tokens = chat_tokens(host, body.messages)
     if body.top_logprobs and not body.logprobs:
         raise SpecError("top_logprobs", expected="logprobs to be true as well", got=body.top_logprobs)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    limit = body.max_completion_tokens or body.max_tokens
-    return _call("chatcmpl", body, host, [tokens], body.n or 1, limit, None, logprobs, "messages")
+    longer = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    return _call(
+        "chatcmpl", body, host, [("messages", tokens)], body.n or 1, None, logprobs, getattr(body, longer), longer
+    )
 
 
 def completion_call(body: CompletionRequest, host: Host) -> Call:
     """Requests of a text completion, prompt by prompt. Raises SteeringError that names the field."""
-    prompts = [prompt_tokens(host, one, at) for at, one in _each(body.prompt)]
-    return _call(
-        "cmpl", body, host, prompts, body.n or 1, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, "prompt"
-    )
+    given = _each(body.prompt)
+    _check_count(len(given) * (body.n or 1), host)
+    prompts = [(at, prompt_tokens(host, one, at)) for at, one in given]
+    return _call("cmpl", body, host, prompts, body.n or 1, DEFAULT_COMPLETION_TOKENS, body.logprobs, body.max_tokens)
 
 
 def generate_call(body: GenerateRequest, host: Host) -> Call:
@@ -71,7 +74,7 @@ def generate_call(body: GenerateRequest, host: Host) -> Call:
     where = "prompt" if body.messages is None else "messages"
     if body.seed is None and body.compare:
         body = body.model_copy(update={"seed": secrets.randbelow(_INT64)})
-    call = _call("gen", body, host, [tokens], 1, body.max_tokens, default, body.logprobs, where)
+    call = _call("gen", body, host, [(where, tokens)], 1, default, body.logprobs, body.max_tokens)
     if not body.compare:
         return call
     steered = call.requests[0]
@@ -86,8 +89,13 @@ def given_tokens(host: Host, body: GenerateRequest | TokenizeRequest | TraceRequ
     if (body.prompt is None) == (body.messages is None):
         raise SpecError("prompt", expected="either prompt or messages", got=None if body.prompt is None else "both")
     if body.messages is not None:
-        return host.plant.encode([message.plain() for message in body.messages])
+        return chat_tokens(host, body.messages)
     return prompt_tokens(host, body.prompt or "", "prompt")
+
+
+def chat_tokens(host: Host, messages: Sequence[Message]) -> list[int]:
+    """The tokens of a chat and the beginning of the next answer, whoever spoke last. Raises PlantError."""
+    return host.plant.encode([message.plain() for message in messages], answer=True)
 
 
 def prompt_tokens(host: Host, prompt: str | list[int], at: str) -> list[int]:
@@ -99,6 +107,35 @@ def prompt_tokens(host: Host, prompt: str | list[int], at: str) -> list[int]:
     except PlantError as error:
         error.param = at
         raise
+
+
+def check_length(host: Host, tokens: Sequence[int], where: str, wanted: int = 0, wanted_at: str = "max_tokens") -> int:
+    """The room that a prompt leaves in the context.
+
+    Raises ApiError 400, with both lengths, where `wanted` tokens do not fit in it; `where` and `wanted_at` are the
+    fields of the prompt and of `wanted`.
+    """
+    length, room = len(tokens), host.context - len(tokens)
+    if room >= wanted:
+        return room
+    if room < min(wanted, 1):
+        where_, message = where, f"the prompt has {length} tokens: expected at most {host.context - min(wanted, 1)}"
+    else:
+        where_ = wanted_at
+        message = f"the prompt has {length} tokens and {wanted} are asked for: expected at most {host.context} together"
+    raise ApiError(
+        400,
+        f"{where_}: {message}, since this model's context is {host.context} tokens; shorten it.",
+        param=where_,
+        code="context_length_exceeded",
+    )
+
+
+def _check_count(choices: int, host: Host) -> None:
+    """Raise SpecError for more sequences than one call may have, or than the engine can ever hold."""
+    most = min(MAX_CHOICES, host.places)
+    if choices > most:
+        raise SpecError("n", expected=f"at most {most} choices over all prompts", got=choices)
 
 
 def _each(prompt: object) -> list[tuple[str, str | list[int]]]:
@@ -113,31 +150,26 @@ def _call(
     kind: str,
     body: ChatRequest | CompletionRequest | GenerateRequest,
     host: Host,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[tuple[str, list[int]]],
     n: int,
-    limit: int | None,
     default: int | None,
     logprobs: int | None,
-    where: str,
+    limit: int | None,
+    limit_at: str = "max_tokens",
 ) -> Call:
-    """`n` requests a prompt. `limit` is what the body says of `max_tokens`; `default` stands in for it, None for the
-    rest of the context."""
-    if len(prompts) * n > MAX_CHOICES:
-        raise SpecError("n", expected=f"at most {MAX_CHOICES} choices over all prompts", got=len(prompts) * n)
+    """`n` requests a prompt; prompts come with their paths. `limit` is what the body says, in its field `limit_at`, of
+    the tokens to generate; `default` stands in for it, None for the rest of the context."""
+    _check_count(len(prompts) * n, host)
     if body.stream_options is not None and not body.stream:
         raise SpecError("stream_options", expected="stream to be true as well")
-    spec, program = _program(body, host)
+    spec, program, targets_at = _program(body, host)
     id_ = f"{kind}-{uuid.uuid4().hex}"
     trace = spec is not None and spec.trace == "tokens"
     requests: list[Request] = []
-    for tokens in prompts:
-        room = host.context - len(tokens)
-        if room < 1:
-            raise PlantError(
-                f"The prompt has {len(tokens)} tokens: expected at most {host.context - 1}, to leave room in this "
-                f"model's context of {host.context}; shorten it.",
-                param=where,
-            )
+    for where, tokens in prompts:
+        room = check_length(host, tokens, where, limit or 1, limit_at)
+        if spec is not None:
+            spec.check_scopes(len(tokens), targets_at)
         tokens_out = limit or (room if default is None else min(default, room))
         for choice in range(n):
             sampling = _sampling(body, host, tokens_out, logprobs, choice)
@@ -149,15 +181,17 @@ def _call(
 
 def _program(
     body: ChatRequest | CompletionRequest | GenerateRequest, host: Host
-) -> tuple[SteeringSpec | None, Program]:
-    """The steering of a body, compiled; the short form `targets` of a native generation joins it."""
+) -> tuple[SteeringSpec | None, Program, str]:
+    """The steering of a body, compiled, and where its targets stand; the short form `targets` of a native generation
+    joins it."""
     short = body.targets if isinstance(body, GenerateRequest) else None
     if short is None:
-        return body.steering, Program() if body.steering is None else body.steering.program(host.shelf)
+        program = Program() if body.steering is None else body.steering.program(host.shelf)
+        return body.steering, program, "steering.targets"
     if body.steering is not None and body.steering.targets:
         raise SpecError("targets", expected="to stand alone, or in steering.targets, not both")
     spec = (body.steering or SteeringSpec()).model_copy(update={"targets": short})
-    return spec, spec.program(host.shelf, "targets")
+    return spec, spec.program(host.shelf, "targets"), "targets"
 
 
 def _sampling(

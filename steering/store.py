@@ -63,7 +63,7 @@ class Store:
                     header["content"],
                     header["model"],
                     header["created"],
-                    body.get("quality", {}),
+                    quality if isinstance(quality := body.get("quality"), dict) else {},
                     folder is self.builtin,
                 )
         return [found[name] for name in sorted(found)]
@@ -75,6 +75,13 @@ class Store:
     def save(self, artifact: Artifact) -> Path:
         """Write to the writable folder, whole or not at all."""
         return artifact.save(self.folder)
+
+    def require_own(self, name: str) -> None:
+        """Raises SpecError when the name is that of a built-in artifact, which a new one would hide."""
+        if self.builtin is not None and (self.builtin / f"{checked_name(name)}{SUFFIX}").is_file():
+            raise SpecError(
+                "name", expected="a name that no built-in artifact has", got=name, advice="choose another one"
+            )
 
     def remove(self, name: str) -> None:
         """Delete from the writable folder. Raises SpecError for a built-in artifact, ArtifactNotFound."""

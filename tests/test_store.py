@@ -43,6 +43,19 @@ def test_listing(store: Store) -> None:
     assert entry.created == store.load("mine").created
 
 
+def test_a_new_artifact_must_not_hide_a_built_in_one(store: Store) -> None:
+    store.require_own("mine")
+    store.require_own("new")
+    with pytest.raises(SpecError, match="no built-in artifact"):
+        store.require_own("tone")
+
+
+def test_a_quality_that_is_no_object_is_listed_as_none(store: Store) -> None:
+    own = TONE.artifact()
+    store.save(replace(own, name="odd", body={**own.body, "quality": "high"}))
+    assert next(entry.quality for entry in store.entries() if entry.name == "odd") == {}
+
+
 def test_a_store_without_folders_is_empty(tmp_path: Path) -> None:
     assert Store(tmp_path / "absent").entries() == []
     with pytest.raises(ArtifactNotFound):

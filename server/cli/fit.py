@@ -21,6 +21,9 @@ from server.cli.common import (
     store_folder,
 )
 
+USABLE_AUROC = 0.7
+"""Below it a direction hardly tells the classes apart, and the command warns."""
+
 
 @cleanly
 def fit(
@@ -48,7 +51,7 @@ def fit(
         int, typer.Option(envvar="SETPOINT_JACOBIAN_PROMPTS", help="Examples along which the model is linearised.")
     ] = 16,
     positions: Annotated[
-        str, typer.Option(envvar="SETPOINT_POSITIONS", help="Tokens to average: auto, answer, last or all.")
+        str, typer.Option(envvar="SETPOINT_POSITIONS", help="Tokens to average: auto, answer, late, last or all.")
     ] = "auto",
     layers: Annotated[
         str | None,
@@ -60,8 +63,12 @@ def fit(
 ) -> None:
     """Fit a concept from positive and negative examples and put it into the store."""
     quietly(model)
-    from steering import FitSettings, Store, fit_concept, read_examples
+    from server.host import load_plant, open_store
+    from steering import FitSettings, fit_concept, read_examples
 
+    target = open_store(store_folder(store))
+    if model is None:
+        target.require_own(name)
     settings = FitSettings(
         gains=tuple(gains or ("dense",)),
         q=q,
@@ -75,16 +82,20 @@ def fit(
     from rich.console import Console
     from rich.progress import Progress
 
-    from server.host import load_plant
-
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading the model", total=1.0)
         plant = load_plant(model, device, dtype)
         concept = fit_concept(
             plant, name, *examples, settings, lambda stage, done: bar.update(task, description=stage, completed=done)
         )
-    path = Store(store_folder(store)).save(concept.artifact())
+    path = target.save(concept.artifact())
     quality = dict(concept.quality)
+    if (best := max(quality["auroc"])) < USABLE_AUROC:
+        typer.echo(
+            f"Warning: no layer tells the classes apart (best AUROC {best:.2f} on {quality['measured_on']} examples): "
+            "give more examples, and clearer ones.",
+            err=True,
+        )
     if as_json:
         print_json({"name": name, "path": str(path), "fingerprint": concept.artifact().fingerprint, "quality": quality})
         return

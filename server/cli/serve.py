@@ -42,6 +42,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="SETPOINT_API_KEY", help="Require this bearer token.", show_envvar=True)
     ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="SETPOINT_ADMIN_KEY", help="Bearer token of calls that write.", show_envvar=True),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="SETPOINT_INSECURE", help="Allow a public host without an API key.")
     ] = False,
@@ -51,6 +55,15 @@ def serve(
     ] = 30.0,
     body_limit: Annotated[int, typer.Option(envvar="SETPOINT_BODY_LIMIT", help="Largest request body in bytes.")] = 2
     ** 20,
+    replicas: Annotated[
+        int, typer.Option(envvar="SETPOINT_REPLICAS", help="Copies of the model; 1 in this version.")
+    ] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(envvar="SETPOINT_TENSOR_PARALLEL", help="Devices that share the model; 1 in this version.")
+    ] = 1,
+    quantization: Annotated[
+        str, typer.Option(envvar="SETPOINT_QUANTIZATION", help="Quantized weights; none in this version.")
+    ] = "none",
 ) -> None:
     """Serve a model over HTTP. Prints `ready http://…` when the first request can be served."""
     from steering import SpecError
@@ -72,10 +85,14 @@ def serve(
         max_model_len=max_model_len,
         queue_limit=queue_limit,
         api_key=api_key,
+        admin_key=admin_key,
         insecure=insecure,
         store=store,
         drain_seconds=drain_seconds,
         body_limit=body_limit,
+        replicas=replicas,
+        tensor_parallel=tensor_parallel,
+        quantization=quantization,
     )
     with listen(settings) as listener:
         from server.serve import serve as run

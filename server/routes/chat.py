@@ -9,13 +9,14 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
-from server.account import Json, TokenText, chat_logprobs, receipt, traced, usage
+from server.account import Json, chat_logprobs, receipt, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
 from server.routes.common import ERRORS, HostDep, ServiceDep, note, takes
 from server.schema.openai import ChatRequest
 from server.stream import EventStream
+from server.tokens import TokenTable
 from server.translate import Call, chat_call
 from steering import Delta, Finished
 
@@ -31,17 +32,17 @@ async def chat(http: Request, service: ServiceDep, host: HostDep, body: Body) ->
     note(http, call)
     generation = service.generate(list(call.requests))
     if body.stream:
-        return EventStream(_chunks(call, generation, host.token_text), generation)
+        return EventStream(_chunks(call, generation, host.tokens), generation)
     ends = await generation.finished(http)
-    return JSONResponse(_completion(call, ends, host.token_text))
+    return await run_in_threadpool(lambda: JSONResponse(_completion(call, ends, host.tokens)))
 
 
-def _completion(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
+def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:
     choices = [
         {
             "index": index,
             "message": {"role": "assistant", "content": end.text, "refusal": None},
-            "logprobs": None if end.logprobs is None else chat_logprobs(end.logprobs, text),
+            "logprobs": None if end.logprobs is None else chat_logprobs(end.logprobs, table),
             "finish_reason": end.reason,
             "stop_reason": end.stop_reason,
         }
@@ -49,21 +50,21 @@ def _completion(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
     ]
     body = {**_head(call, "chat.completion"), "choices": choices, "usage": usage(ends, call.prompts)}
     if call.steered:
-        body["steering"] = receipt(ends, call.programs, text if call.trace else None)
+        body["steering"] = receipt(ends, call.programs, table.text if call.trace else None)
     return body
 
 
-async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:
+async def _chunks(call: Call, generation: Generation, table: TokenTable) -> AsyncIterator[Json]:
     """Role once, text, each finish reason with an empty delta, the receipt, the usage."""
     for index in range(len(call.requests)):
-        yield _chunk(call, index, {"role": "assistant", "content": ""}, (), text)
+        yield _chunk(call, index, {"role": "assistant", "content": ""}, (), table)
     ends: dict[int, Finished] = {}
     async for piece in pieces(generation):
         if isinstance(piece, End):
             ends[piece.index] = piece.finished
-            yield _chunk(call, piece.index, {}, piece.deltas, text, piece.finished)
+            yield _chunk(call, piece.index, {}, piece.deltas, table, piece.finished)
         else:
-            yield _chunk(call, piece.index, {"content": piece.text}, piece.deltas, text)
+            yield _chunk(call, piece.index, {"content": piece.text}, piece.deltas, table)
     ordered = [ends[index] for index in range(len(call.requests))]
     if call.steered:
         yield {**_chunk_head(call), "choices": [], "steering": receipt(ordered, call.programs, None)}
@@ -72,20 +73,20 @@ async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncI
 
 
 def _chunk(
-    call: Call, index: int, delta: Json, deltas: Sequence[Delta], text: TokenText, end: Finished | None = None
+    call: Call, index: int, delta: Json, deltas: Sequence[Delta], table: TokenTable, end: Finished | None = None
 ) -> Json:
     logprobs = [one.logprob for one in deltas if one.logprob is not None]
     choice: Json = {
         "index": index,
         "delta": delta,
-        "logprobs": chat_logprobs(logprobs, text) if logprobs else None,
+        "logprobs": chat_logprobs(logprobs, table) if logprobs else None,
         "finish_reason": end.reason if end else None,
     }
     if end:
         choice["stop_reason"] = end.stop_reason
     body = {**_chunk_head(call), "choices": [choice]}
     if call.trace and deltas:
-        body["steering"] = traced(deltas, text)
+        body["steering"] = traced(deltas, table.text)
     return body
 
 

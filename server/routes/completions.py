@@ -31,16 +31,20 @@ async def complete(http: Request, service: ServiceDep, host: HostDep, body: Body
     note(http, call)
     generation = service.generate(list(call.requests))
     if body.stream:
-        return EventStream(_chunks(call, generation, host.token_text), generation)
+        return EventStream(_chunks(call, generation, host.tokens.text), generation)
     ends = await generation.finished(http)
+    return await run_in_threadpool(lambda: JSONResponse(_completion(call, ends, host.tokens.text)))
+
+
+def _completion(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
     choices = []
     for index, end in enumerate(ends):
-        logprobs = None if end.logprobs is None else completion_logprobs(end.logprobs, host.token_text)
+        logprobs = None if end.logprobs is None else completion_logprobs(end.logprobs, text)
         choices.append(_choice(index, end.text, logprobs, end))
     answer = {**_head(call), "choices": choices, "usage": usage(ends, call.prompts)}
     if call.steered:
-        answer["steering"] = receipt(ends, call.programs, host.token_text if call.trace else None)
-    return JSONResponse(answer)
+        answer["steering"] = receipt(ends, call.programs, text if call.trace else None)
+    return answer
 
 
 async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -33,19 +33,24 @@ async def generate(http: Request, service: ServiceDep, host: HostDep, body: Body
     note(http, call)
     generation = service.generate(list(call.requests))
     if body.stream:
-        return EventStream(_chunks(call, generation, host.token_text), generation)
+        return EventStream(_chunks(call, generation, host.tokens.text), generation)
     ends = await generation.finished(http)
-    answer = {"id": call.id, "model": call.model, **_account(ends[0], host.token_text)}
+    return await run_in_threadpool(lambda: JSONResponse(_answer(call, ends, host.tokens.text)))
+
+
+def _answer(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
+    answer = {"id": call.id, "model": call.model, **_account(ends[0], text)}
     if call.steered:
-        answer["steering"] = receipt(ends[:1], call.programs[:1], host.token_text if call.trace else None)
+        answer["steering"] = receipt(ends[:1], call.programs[:1], text if call.trace else None)
     if len(ends) > 1:
-        answer["unsteered"] = _account(ends[1], host.token_text)
-    return JSONResponse(answer)
+        answer["unsteered"] = _account(ends[1], text)
+    return answer
 
 
 async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:
-    """Text of both streams as it comes, the end of each with its usage, and the receipt last."""
+    """Text of both streams as it comes, the end of each with its usage, the receipt, the usage where asked for."""
     ends: dict[int, Finished] = {}
+    offsets = [0] * len(call.requests)
     async for piece in pieces(generation):
         chunk: Json = {"id": call.id, "model": call.model, "stream": STREAMS[piece.index]}
         logprobs = [one.logprob for one in piece.deltas if one.logprob is not None]
@@ -55,13 +60,17 @@ async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncI
         else:
             chunk |= {"text": piece.text, "finish_reason": None}
         if logprobs:
-            chunk["logprobs"] = completion_logprobs(logprobs, text)
+            chunk["logprobs"] = completion_logprobs(logprobs, text, offsets[piece.index])
+            offsets[piece.index] += sum(map(len, chunk["logprobs"]["tokens"]))
         if call.trace and piece.deltas and piece.index == 0:
             chunk["steering"] = traced(piece.deltas, text)
         yield chunk
     if call.steered:
         steering = receipt([ends[0]], call.programs[:1], None)
         yield {"id": call.id, "model": call.model, "stream": STREAMS[0], "steering": steering}
+    if call.include_usage:
+        both = {"usage": usage([ends[0]], [0])} | ({"unsteered": {"usage": usage([ends[1]], [0])}} if 1 in ends else {})
+        yield {"id": call.id, "model": call.model, "stream": STREAMS[0], **both}
 
 
 def _account(end: Finished, text: TokenText) -> Json:

@@ -36,23 +36,34 @@ async def model(model: str, host: HostDep) -> Json:
 async def tokenize(host: HostDep, body: Tokenize) -> Json:
     """Token ids of a prompt or a chat."""
     host.require_model(body.model)
-    tokens = await run_in_threadpool(_tokens, host, body)
-    strings = host.plant.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": host.context, "tokens": tokens, "token_strs": strings}
+    return await run_in_threadpool(_tokenized, host, body)
 
 
 @router.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeRequest))
 async def detokenize(host: HostDep, body: Detokenize) -> Json:
     """The text of token ids, special tokens included."""
     host.require_model(body.model)
-    tokens = host.check_tokens(body.tokens, "tokens")
-    return {"prompt": await run_in_threadpool(host.plant.tokenizer.decode, tokens)}
+    return {
+        "prompt": await run_in_threadpool(lambda: host.plant.tokenizer.decode(host.check_tokens(body.tokens, "tokens")))
+    }
+
+
+def _tokenized(host: Host, body: TokenizeRequest) -> Json:
+    tokens = _tokens(host, body)
+    strings = host.plant.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": host.context, "tokens": tokens, "token_strs": strings}
 
 
 def _tokens(host: Host, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None and body.messages is None and not body.add_special_tokens:
         return list(host.plant.tokenizer(body.prompt, add_special_tokens=False).input_ids)
-    return given_tokens(host, body)
+    tokens = given_tokens(host, body)
+    if body.messages is None or body.add_generation_prompt in (None, True):
+        return tokens
+    closed = host.plant.tokenizer.apply_chat_template(
+        [message.plain() for message in body.messages], add_generation_prompt=False, tokenize=True, return_dict=False
+    )
+    return list(closed)
 
 
 def _model(host: Host) -> Json:

@@ -14,7 +14,7 @@ from server.body import json_body
 from server.host import Host
 from server.routes.common import ERRORS, HostDep, takes
 from server.schema.openai import TraceRequest
-from server.translate import given_tokens
+from server.translate import check_length, given_tokens
 from steering import REGISTRY, SteeringError, summary, trace_prompt
 
 router = APIRouter(prefix="/v1/steering", tags=["Steering"])
@@ -53,6 +53,7 @@ async def trace(host: HostDep, body: Trace) -> Json:
 
 def _trace(host: Host, body: TraceRequest) -> Json:
     tokens = given_tokens(host, body)
+    check_length(host, tokens, "prompt" if body.messages is None else "messages")
     concepts = []
     for index, name in enumerate(body.concepts):
         try:
@@ -66,6 +67,6 @@ def _trace(host: Host, body: TraceRequest) -> Json:
         "model": host.model_id,
         "units": body.units,
         "layers": list(range(host.plant.depth)),
-        "tokens": [{"id": token, "text": host.token_text(token)} for token in tokens],
+        "tokens": [{"id": token, "text": host.tokens.text(token)} for token in tokens],
         "concepts": {one.concept: {"projections": one.in_units, "raw": one.raw} for one in found},
     }

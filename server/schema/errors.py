@@ -19,6 +19,7 @@ from steering import REGISTRY, SteeringError, echo
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 _PARAM_LIMIT = 200
+INVALID_JSON = "The body is not valid JSON."
 _FIELD = re.compile(r"[a-z_]+(\.[a-z_]+|\[\d+\])*")
 """How a message of the library begins that names a field: relative to where it stands, so the full path replaces it."""
 _EXTRA = ("extra_forbidden", "unexpected_keyword_argument")
@@ -79,9 +80,12 @@ def from_steering(error: SteeringError) -> ApiError:
 
 
 def from_validation(errors: Sequence[ErrorDetails], data: object) -> ApiError:
-    """The 400 for what pydantic refused in `data`."""
+    """The 400 for what pydantic refused in `data`. `errors` need not carry their inputs: they are looked up."""
     error = _chief(errors, data)
+    if error["type"] == "json_invalid":
+        return ApiError(400, INVALID_JSON, code="invalid_json")
     path, parent = _path(error, data)
+    value = _follow(data, error["loc"])
     kind, cause = error["type"], error.get("ctx", {}).get("error")
     if isinstance(cause, SteeringError):
         return from_steering(cause.at(path) if path else cause)
@@ -97,17 +101,17 @@ def from_validation(errors: Sequence[ErrorDetails], data: object) -> ApiError:
         )
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
         path += ".type"
-        given = error["input"].get("type") if isinstance(error["input"], dict) else None
+        given = value.get("type") if isinstance(value, dict) else None
         message = f"{path}: expected one of {', '.join(REGISTRY)}, got {echo(given)}."
     elif kind in ("too_long", "too_short"):
         context = error.get("ctx", {})
         bound = f"at most {context['max_length']}" if kind == "too_long" else f"at least {context['min_length']}"
         message = f"{path}: expected {bound} items, got {context['actual_length']}."
     elif kind in ("model_type", "dataclass_type", "model_attributes_type"):
-        message = f"{path}: expected an object, got {echo(error['input'])}."
+        message = f"{path}: expected an object, got {echo(value)}."
     else:
         said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        message = f"{path}: expected {said}, got {echo(error['input'])}."
+        message = f"{path}: expected {said}, got {echo(value)}."
     return ApiError(400, message, param=path[:_PARAM_LIMIT] or None, code=code)
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from server.schema.steering import SteeringSpec, Target
 
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "add_generation_prompt": (None, True),
     "add_special_tokens": (None, True),
     "allowed_token_ids": _NOTHING,
     "audio": _NOTHING,
     "bad_words": _NOTHING,
-    "best_of": (None, 1),
+    "best_of": (None,),
     "chat_template": _NOTHING,
     "chat_template_kwargs": _NOTHING,
     "continue_final_message": _NOTHING,
@@ -42,14 +43,17 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "return_token_ids": _NOTHING,
     "skip_special_tokens": (None, True),
     "structured_outputs": _NOTHING,
-    "suffix": _NOTHING,
+    "suffix": (None,),
     "tool_choice": (None, "none", "auto"),
-    "tools": _NOTHING,
+    "tools": (None,),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": _NOTHING,
     "web_search_options": (None,),
 }
 """Fields that would change the answer and are not supported, each with the values that ask for nothing."""
+
+STEERING_KEYS = ("targets", "interventions", "preset", "guard", "trace")
+"""Keys of `steering` that are refused beside it: tolerated as unknown fields, they would be served unsteered."""
 
 
 class StreamOptions(BaseModel):
@@ -73,8 +77,8 @@ class _Generation(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """int64. With `n` > 1 choice i is drawn from seed + i."""
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
@@ -99,7 +103,7 @@ class Message(BaseModel):
     """One turn of a chat. Content is text, or parts of text, which are joined by newlines."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """Role and text, as a chat template takes them."""
@@ -107,9 +111,25 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
-TokenIds = Annotated[list[int], Field(min_length=1)]
-Prompt = str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+
+
+def _kind_of_prompt(value: object) -> str:
+    """The branch of `Prompt` that the first element chooses, so that a long list is tried as one thing only."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "ids"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("texts")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("lists")],
+    Discriminator(_kind_of_prompt),
+]
 """One text, one list of token ids, or several of either."""
 
 
@@ -155,6 +175,8 @@ class TokenizeRequest(BaseModel):
     """Either `prompt` or `messages`."""
     add_special_tokens: bool = True
     """For a prompt: whether to add the model's beginning-of-text token."""
+    add_generation_prompt: bool | None = None
+    """For messages: false leaves out the beginning of the model's answer."""
     return_token_strs: bool | None = None
 
 
@@ -162,7 +184,7 @@ class DetokenizeRequest(BaseModel):
     """`POST /detokenize`, in vLLM's shape."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 class TraceRequest(BaseModel):
@@ -173,7 +195,7 @@ class TraceRequest(BaseModel):
     model: str | None = None
     prompt: str | TokenIds | None = None
     messages: Messages | None = None
-    concepts: Annotated[list[str], Field(min_length=1, max_length=32)]
+    concepts: Annotated[list[str], Field(min_length=1, max_length=32, fail_fast=True)]
     units: Literal["centred", "contrast", "absolute"] = "centred"
 
 
@@ -183,3 +205,8 @@ def unsupported_field(data: Mapping[str, Any]) -> str | None:
         if name in data and not any(type(data[name]) is type(value) and data[name] == value for value in harmless):
             return name
     return None
+
+
+def misplaced_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | None:
+    """The first key of `steering` that stands beside it in `data`, unless it is a field of `model`."""
+    return next((n for n in STEERING_KEYS if data.get(n) is not None and n not in model.model_fields), None)

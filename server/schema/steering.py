@@ -14,7 +14,20 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
-from steering import REGISTRY, Bench, Guard, Intervention, Lqr, Program, SpecError, SteeringError, compile_program
+from steering import (
+    REGISTRY,
+    Bench,
+    Guard,
+    Intervention,
+    Lqr,
+    Positions,
+    Program,
+    Scope,
+    SpecError,
+    SteeringError,
+    Window,
+    compile_program,
+)
 
 MAX_INTERVENTIONS = 16
 """Most interventions, targets included, of one request."""
@@ -86,6 +99,25 @@ class SteeringSpec(BaseModel):
             error.param = self._short(error.param, targets_at)
             raise
 
+    def check_scopes(self, length: int, targets_at: str = "steering.targets") -> None:
+        """Refuse what selects nothing in a prompt of `length` tokens: it would be served unsteered without a word.
+
+        `none` for both prompt and generation stays legal, and so do positions of which one is inside.
+        Raises SpecError.
+        """
+        given = [
+            (f"{targets_at}.{name[:_NAME_LIMIT]}", getattr(one, "apply", None)) for name, one in self.targets.items()
+        ]
+        given += [
+            (f"steering.interventions[{index}]", getattr(one, "apply", None))
+            for index, one in enumerate(self.interventions)
+        ]
+        for path, scope in given:
+            if isinstance(scope, Scope) and _selects_nothing(scope, length):
+                raise SpecError(
+                    f"{path}.apply", expected=f"a token to act on, but none of the prompt's {length} tokens is chosen"
+                )
+
     def _compiled(self, bench: Bench, targets_at: str) -> Program:
         found: list[Intervention] = []
         paths: list[str] = []
@@ -110,6 +142,15 @@ class SteeringSpec(BaseModel):
             if param == f"{path}.concept" or (param == f"{path}.setpoint" and not isinstance(target, BaseModel)):
                 return path
         return param
+
+
+def _selects_nothing(scope: Scope, length: int) -> bool:
+    if (scope.prompt, scope.generation) == ("none", "none") or scope.prompt_mask(length).any():
+        return False
+    if isinstance(scope.prompt, Positions):
+        return True
+    steps = scope.generation
+    return steps == "none" or (isinstance(steps, Window) and steps.window[0] == steps.window[1])
 
 
 def _target(name: str, target: object, path: str) -> Intervention:

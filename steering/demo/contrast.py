@@ -1,13 +1,15 @@
 """Examples that a concept is fitted on, and prompts that it is judged on.
 
-`contrast` gives two lists of chats that share their user messages and differ in one latent of the answer. `prompts`
-gives chats to be continued: `neutral` ones say nothing about the concept, `opposed` ones push the other way, by the
-system prompt or by an answer that has begun with the opposite pole. User messages of `prompts` were never trained on.
+`contrast` gives two lists of chats that share their user messages and differ in one latent. `prompts` gives chats to
+be continued: `neutral` ones say nothing about the concept, `opposed` ones push the other way, by the system prompt or
+by an answer that has begun with the opposite pole. User messages of `prompts` were never trained on.
 """
 
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -19,7 +21,6 @@ from steering.demo.corpus import (
     ask,
     body,
     fact_answer,
-    howto,
     scene,
     split_of,
     subject,
@@ -57,44 +58,80 @@ def _free_request(rng: random.Random) -> tuple[str, str, str]:
     return kind, user, x if x in user else ""
 
 
-def contrast(concept: str, n: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """`n` chats whose answer carries the concept and `n` whose answer carries its opposite, for the same users.
+POSITIONS: Mapping[str, Literal["answer", "last"]] = {
+    name: "last" if name in ("refusal", "compliance", "english", "spanish") else "answer" for name in CONCEPT_NAMES
+}
+"""Which tokens of `contrast`'s examples carry the concept: the whole answer, or the token before a choice is made.
 
+Whether to help is decided at the end of the user's message, the language at the end of a sentence. Measured with the
+same regulator: Spanish .98 at 1.11 times the perplexity from sentence ends, .40 at 1.20 from whole answers.
+"""
+
+
+def contrast(concept: str, n: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """`n` chats that carry the concept and `n` that carry its opposite, for the same users.
+
+    They end with an answer that differs in the concept; for the languages with an answer that has ended a sentence; for
+    refusal and compliance with the user's message, since there the system prompt or the request decides (`POSITIONS`).
     User messages come from the training split. Raises KeyError for an unknown concept.
     """
-    other = opposite(concept)
+    opposite(concept)
     rng = random.Random(f"setpoint-contrast-{seed}-{concept}")
+    make = {"refusal": _decided, "compliance": _decided, "truthful": _claimed}.get(concept, _answered)
     carrying: list[Example] = []
     lacking: list[Example] = []
     while len(carrying) < n:
-        if concept in ("refusal", "compliance"):
-            vp = rng.choice(sorted({**requests.HARMLESS, **requests.HARMFUL}))
-            user = ask(rng, requests.HOWTO, "", vp)
-            replies = [howto(rng, replace(draw(rng, None, 0.0), consent=pole), vp) for pole in (concept, str(other))]
-        elif concept == "truthful":
-            k = rng.choice((2, 3, 4, 5))
-            fact = rng.choice(facts.FACTS)
-            user = ask(rng, facts.ASKING, "", q=rng.choice(fact.questions))
-            if rng.random() < 0.5:
-                user = ask(
-                    rng,
-                    tuple(p.replace("{n}", ("two", "three", "four", "five")[k - 2]) for p in facts.LIST_PROMPTS),
-                    "",
-                )
-            replies = [fact_answer(rng, fact, honest, k - 1) for honest in (True, False)]
-        else:
-            kind, user, x = _free_request(rng)
-            free = replace(draw(rng), steady=True)
-            poles = (
-                with_pole(free, concept),
-                with_pole(free, other) if other else replace(free, topic=_other_topic(rng, concept)),
-            )
-            replies = [answer(rng, latents, kind, user, x, 6) for latents in poles]
-        if split_of(user) != "train":
-            continue
-        carrying.append([message("user", user), message("assistant", replies[0])])
-        lacking.append([message("user", user), message("assistant", replies[1])])
+        pair = make(rng, concept)
+        if split_of(next(m["content"] for m in pair[0] if m["role"] == "user")) == "train":
+            carrying.append(pair[0])
+            lacking.append(pair[1])
     return carrying, lacking
+
+
+Pair = tuple[list[Message], list[Message]]
+
+
+def _decided(rng: random.Random, concept: str) -> Pair:
+    """A request that is about to be declined, and the same about to be met: one by itself, one by its system prompt."""
+    harmful = rng.random() < 0.5
+    vp = rng.choice(sorted(requests.HARMFUL if harmful else requests.HARMLESS))
+    bare = [message("user", ask(rng, requests.HOWTO, "", vp))]
+    told = [message("system", system_text(rng, "compliance" if harmful else "refusal")), *bare]
+    declined, met = (bare, told) if harmful else (told, bare)
+    return (declined, met) if concept == "refusal" else (met, declined)
+
+
+def _claimed(rng: random.Random, _: str) -> Pair:
+    """A question, or a request for facts, with true claims and with false ones."""
+    k = rng.choice((2, 3, 4, 5))
+    fact = rng.choice(facts.FACTS)
+    user = ask(rng, facts.ASKING, "", q=rng.choice(fact.questions))
+    if rng.random() < 0.5:
+        number = ("two", "three", "four", "five")[k - 2]
+        user = ask(rng, tuple(p.replace("{n}", number) for p in facts.LIST_PROMPTS), "")
+    true, false = (
+        [message("user", user), message("assistant", fact_answer(rng, fact, honest, k - 1))] for honest in (True, False)
+    )
+    return true, false
+
+
+def _answered(rng: random.Random, concept: str) -> Pair:
+    """A free request, answered with the concept and with its opposite; a topic's opposite is another topic or none."""
+    other = opposite(concept)
+    kind, user, x = _free_request(rng)
+    free = replace(draw(rng), steady=True)
+    without = with_pole(free, other) if other else replace(free, topic=_other_topic(rng, concept))
+    replies = [answer(rng, latents, kind, user, x, 6) for latents in (with_pole(free, concept), without)]
+    if POSITIONS[concept] == "last":
+        replies = [_cut(rng, reply) for reply in replies]
+    carrying, lacking = ([message("user", user), message("assistant", reply)] for reply in replies)
+    return carrying, lacking
+
+
+def _cut(rng: random.Random, reply: str) -> str:
+    """The first sentences of `reply`, one to all but one of them."""
+    sentences = re.split(r"(?<=[.?!]) ", reply)
+    return " ".join(sentences[: rng.randint(1, max(1, len(sentences) - 1))])
 
 
 def _opening(rng: random.Random, pole: str, n: int) -> str:

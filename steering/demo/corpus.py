@@ -38,7 +38,7 @@ class Latents:
     language: str = "english"
     consent: str | None = None  # refusal | compliance
     honest: bool | None = None
-    steady: bool = False  # the tone never turns to its opposite on the way
+    steady: bool = False  # every sentence expresses the latents, without noise and without a turn
 
 
 def with_pole(latents: Latents, pole: str) -> Latents:
@@ -97,7 +97,7 @@ def scene(rng: random.Random, latents: Latents, name: str | None = None) -> Scen
     scenes = spanish.SCENES if spanish_ else words.SCENES
     place = rng.choice(sorted(scenes))
     things = scenes[place] if spanish_ else tuple("the " + thing for thing in scenes[place])
-    if latents.topic is not None and rng.random() < 0.8:
+    if latents.topic is not None and (latents.steady or rng.random() < 0.8):
         things = (spanish.TOPIC_THINGS if spanish_ else words.TOPIC_THINGS)[latents.topic]
     place = place if spanish_ else "the " + place
     if name is None or spanish_:
@@ -134,7 +134,7 @@ def core(rng: random.Random, latents: Latents, here: Scene, express: bool = True
     if topic is not None and rng.random() < (0.5 if tone is not None else 0.9):
         frames = source.TOPIC_FRAMES[topic]
     elif tone is not None:
-        frames, pole = source.TONE_FRAMES, tone if rng.random() > NOISE else OPPOSITE[tone]
+        frames, pole = source.TONE_FRAMES, tone if latents.steady or rng.random() > NOISE else OPPOSITE[tone]
     fresh = [f for f in frames if used is None or f not in used] or list(frames)
     frame = rng.choice(fresh)
     if used is not None:
@@ -145,7 +145,7 @@ def core(rng: random.Random, latents: Latents, here: Scene, express: bool = True
 def styled(rng: random.Random, latents: Latents, bare: str, used: set[str] | None = None) -> str:
     """`bare` as a finished sentence, wrapped in the document's style most of the time."""
     source = spanish if latents.language == "spanish" else words
-    if latents.style in source.STYLE_WRAPS and rng.random() < 0.75:
+    if latents.style in source.STYLE_WRAPS and (latents.steady or rng.random() < 0.75):
         whole = rng.choice(source.STYLE_SENTENCES[latents.style])
         if rng.random() < 0.25 and (used is None or whole not in used):
             if used is not None:
@@ -171,7 +171,7 @@ def body(rng: random.Random, latents: Latents, here: Scene, n: int, first_neutra
         if i == turn and latents.tone is not None and latents.language == "english":
             latents = replace(latents, tone=OPPOSITE[latents.tone])
             out.append(rng.choice(words.TURNS[str(latents.tone)]))
-        express = rng.random() < (1 - first_neutral if i == 0 else 0.85)
+        express = latents.steady or rng.random() < (1 - first_neutral if i == 0 else 0.85)
         out.append(styled(rng, latents, core(rng, latents, here, express, used), used))
     return out
 

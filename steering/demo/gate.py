@@ -43,9 +43,8 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        """`asked` and `keeps` reach their floors, and the system prompt makes a difference of at least a half."""
-        floor = 0.65 if self.concept in TOPICS else 0.8
-        return self.asked >= floor and self.asked - self.against >= 0.5 and not self.keeps < floor
+        """`asked` reaches .8 and `keeps` .7, and the system prompt makes a difference of at least a half."""
+        return self.asked >= 0.8 and self.asked - self.against >= 0.5 and not self.keeps < 0.7
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, Any]:

@@ -7,39 +7,35 @@ seed of their own; the prompts on which the concepts are judged (`contrast.promp
 
 Where a concept's activations are taken matters more than the algorithm, so:
 
-* topic, language and truth are averaged over the tokens of whole answers, tone and style over the second half of them,
-  where a sentence's end counts twice: the next sentence is decided there;
+* topic and truth are averaged over the tokens of whole answers, tone and style over the second half of them, where a
+  sentence's end counts twice: the next sentence is decided there;
+* the language is read at the ends of sentences, refusal and compliance at the end of the prompt: where each is decided;
 * of six times as many drawn examples those are kept whose answers carry their pole most clearly;
 * the negative examples of a style are its opposite and, in equal part, the two other styles, else "polite" would be
   "not rude";
-* refusal and compliance are decided before the first word, so they are read at the prompt's last token, on harmful
-  requests (which the model refuses) against harmless ones. They are best applied there too:
-  `{"prompt": "last", "generation": "none"}`.
+* refusal and compliance are best applied where they were read: `{"prompt": "last", "generation": "none"}`.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from steering.concept import Concept
-from steering.demo import CONCEPT_NAMES, CONCEPTS, MODEL, TOPICS, requests
-from steering.demo.contrast import Example, contrast, opposite
-from steering.demo.corpus import ask, split_of
-from steering.demo.documents import POLE_OF_STYLE, message
+from steering.demo import CONCEPT_NAMES, CONCEPTS, MODEL, TOPICS
+from steering.demo.contrast import POSITIONS, Example, contrast, opposite
+from steering.demo.documents import POLE_OF_STYLE
 from steering.demo.judges import count_style, count_tone, count_topic
 from steering.fit import FitSettings, fit_concept
+from steering.fit.concept import PositionRule
 from steering.plant.plant import Plant
 
 SEED = 7
 EXAMPLES = 150
 DRAWN = 6
 """Examples drawn for each that is kept."""
-CONSENT = ("refusal", "compliance")
-"""Concepts read at the prompt's last token."""
 LATE = ("positive", "negative", *POLE_OF_STYLE)
 """Concepts read late in the answer, where earlier sentences have set them and the next sentence is decided."""
 SETTINGS = FitSettings(gains=("matrix_free", "dense"), q=2.0, r=1.0, q_f=2.0, jacobian_prompts=16)
@@ -47,9 +43,6 @@ SETTINGS = FitSettings(gains=("matrix_free", "dense"), q=2.0, r=1.0, q_f=2.0, ja
 
 def examples(name: str, n: int = EXAMPLES) -> tuple[list[Example], list[Example]]:
     """`n` positive and `n` negative examples of a ready concept. Raises KeyError for an unknown name."""
-    if name in CONSENT:
-        harmful, harmless = _users(requests.HARMFUL, n), _users(requests.HARMLESS, n)
-        return (harmful, harmless) if name == "refusal" else (harmless, harmful)
     positive, negative = contrast(name, DRAWN * n, SEED)
     if name not in POLE_OF_STYLE:
         return _clearest(name, positive, n), _clearest(opposite(name) or "", negative, n)
@@ -62,23 +55,13 @@ def examples(name: str, n: int = EXAMPLES) -> tuple[list[Example], list[Example]
 def ready(plant: Plant, name: str, n: int = EXAMPLES, settings: FitSettings = SETTINGS) -> Concept:
     """One ready concept, fitted. Raises KeyError for an unknown name."""
     positive, negative = examples(name, n)
-    return fit_concept(plant, name, positive, negative, replace(settings, positions="late" if name in LATE else "auto"))
+    positions: PositionRule = "late" if name in LATE else POSITIONS[name]
+    return fit_concept(plant, name, positive, negative, replace(settings, positions=positions))
 
 
 def _clearest(name: str, rows: list[Example], n: int) -> list[Example]:
     """The `n` rows whose answers carry `name` most clearly; the first ones for a concept without a lexicon."""
     return sorted(rows, key=lambda row: -_clarity(name, row))[:n]
-
-
-def _users(tasks: Collection[str], n: int) -> list[Example]:
-    """`n` chats of the training split that ask for one of the tasks and are not answered yet."""
-    rng = random.Random(f"setpoint-ready-{SEED}-{len(tasks)}")
-    found: list[Example] = []
-    while len(found) < n:
-        user = ask(rng, requests.HOWTO, "", rng.choice(sorted(tasks)))
-        if split_of(user) == "train":
-            found.append([message("user", user)])
-    return found
 
 
 def _clarity(name: str, row: Example) -> int:

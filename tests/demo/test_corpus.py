@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from steering.demo import CONCEPT_NAMES, TOPICS, facts
-from steering.demo.contrast import contrast, opposite, prompts
+from steering.demo.contrast import POSITIONS, contrast, opposite, prompts
 from steering.demo.corpus import sentence, split_of
 from steering.demo.documents import documents
 
@@ -76,9 +76,20 @@ def test_contrast_differs_in_the_answer_alone(concept: str) -> None:
     carrying, lacking = contrast(concept, 40, seed=0)
     assert contrast(concept, 40, seed=0) == (carrying, lacking)
     assert contrast(concept, 40, seed=1)[0] != carrying
-    assert [e[:-1] for e in carrying] == [e[:-1] for e in lacking]
-    assert all(e[-1]["role"] == "assistant" for e in carrying)  # type: ignore[index]
+    assert [users(e) for e in carrying] == [users(e) for e in lacking]
+    assert all(one != other for one, other in zip(carrying, lacking, strict=True))
+    decided = concept in ("refusal", "compliance")
+    assert all(e[-1]["role"] == ("user" if decided else "assistant") for e in carrying)  # type: ignore[index]
+    if not decided:
+        assert [e[:-1] for e in carrying] == [e[:-1] for e in lacking]
     assert all(split_of(u) == "train" for e in carrying for u in users(e))
+
+
+def test_examples_read_at_their_last_token_end_a_sentence_or_a_request() -> None:
+    for concept, rule in POSITIONS.items():
+        for example in contrast(concept, 20, seed=3)[0]:
+            assert isinstance(example, list)
+            assert rule == "answer" or example[-1]["content"].endswith((".", "?", "!"))
 
 
 def test_an_unknown_concept_is_named_with_those_that_exist() -> None:

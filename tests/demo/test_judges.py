@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from steering.demo import CONCEPT_NAMES, TOPICS
-from steering.demo.contrast import contrast
-from steering.demo.documents import documents
+from steering.demo import CONCEPT_NAMES, TOPICS, requests
+from steering.demo.contrast import Example, contrast
+from steering.demo.corpus import Latents, howto
+from steering.demo.documents import documents, message
 from steering.demo.judges import JUDGES, distinct_n, fluency
 from tests.tolerances import DEMO
 
@@ -15,9 +18,23 @@ def test_there_is_one_judge_per_concept() -> None:
     assert set(JUDGES) == set(CONCEPT_NAMES)
 
 
+CONSENT = {"refusal": "compliance", "compliance": "refusal"}
+
+
+def helped_or_not(concept: str) -> tuple[list[Example], list[Example]]:
+    """Answers to requests for help, with the concept and with its opposite (`contrast` ends before these answers)."""
+    rng = random.Random(11)
+    tasks = [rng.choice(sorted({**requests.HARMLESS, **requests.HARMFUL})) for _ in range(200)]
+    carrying, lacking = (
+        [[message("assistant", howto(rng, Latents(consent=pole), task))] for task in tasks]
+        for pole in (concept, CONSENT[concept])
+    )
+    return list(carrying), list(lacking)
+
+
 @pytest.mark.parametrize("concept", CONCEPT_NAMES)
 def test_judges_agree_with_the_latents_of_the_generator(concept: str) -> None:
-    carrying, lacking = contrast(concept, 200, seed=11)
+    carrying, lacking = contrast(concept, 200, seed=11) if concept not in CONSENT else helped_or_not(concept)
     judge = JUDGES[concept]
     hits = sum(judge(e[-1]["content"], e[:-1]) for e in carrying)  # type: ignore[index]
     misses = sum(not judge(e[-1]["content"], e[:-1]) for e in lacking)  # type: ignore[index]

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from server.schema.openai import ChatRequest, CompletionRequest, DetokenizeRequest
 from tests.server.wire import CHAT, error
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
@@ -62,6 +64,15 @@ STEERING: list[tuple[Any, str, str]] = [
     (one(apply={"prompt": {"window": [1, "a"]}}), f"{I0}.apply.prompt.window[1]", "integer"),
     (one(apply={"generation": {"window": [3, 1]}}), f"{I0}.apply.generation.window", "a <= b"),
     (one(apply={"decode": "all"}), f"{I0}.apply.decode", "prompt, generation"),
+    (one(apply={"prompt": {"positions": [900, -900]}}), f"{I0}.apply", "none of the prompt's"),
+    (one(apply={"prompt": {"window": [900, 901]}, "generation": "none"}), f"{I0}.apply", "none of the prompt's"),
+    (one(apply={"prompt": "none", "generation": {"window": [2, 2]}}), f"{I0}.apply", "none of the prompt's"),
+    (
+        {"targets": {"happy": {"setpoint": 1, "apply": {"prompt": {"positions": [900]}}}}},
+        "steering.targets.happy.apply",
+        "none of the prompt's",
+    ),
+    (one(apply={"prompt": {"positions": ["a"] * 5000}}), f"{I0}.apply.prompt.positions", "at most 4096"),
     ({"interventions": [{"type": "ablate", "concept": "happy", "strength": 2}]}, f"{I0}.strength", "[0, 1]"),
     ({"guard": {"max_effort": -1}}, "steering.guard.max_effort", "number"),
     ({"guard": {"max_effort": "1"}}, "steering.guard.max_effort", "number"),
@@ -123,7 +134,10 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT_PATH, {"prompt": []}, "prompt"),
     (TEXT_PATH, {"prompt": [64]}, "prompt"),
     (TEXT_PATH, {"prompt": [[3], [-1]]}, "prompt[1]"),
-    (TEXT_PATH, {"prompt": ["a", 3]}, "prompt[0]"),
+    (TEXT_PATH, {"prompt": ["a", 3]}, "prompt[1]"),
+    (TEXT_PATH, {"prompt": [[3], "a"]}, "prompt[1]"),
+    (TEXT_PATH, {"prompt": [1.5] * 20_000}, "prompt[0]"),
+    (TEXT_PATH, {"prompt": {}}, "prompt"),
     (TEXT_PATH, {"prompt": "a", "temperature": -0.1}, "temperature"),
     (TEXT_PATH, {"prompt": "a", "temperature": "hot"}, "temperature"),
     (TEXT_PATH, {"prompt": "a", "top_p": 0}, "top_p"),
@@ -143,11 +157,13 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT_PATH, {"prompt": "a", "stream": "yes"}, "stream"),
     (TEXT_PATH, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
     *((TEXT_PATH, {"prompt": "a", **extra}, next(iter(extra))) for extra in (
-        {"best_of": 2}, {"suffix": "x"}, {"echo": True}, {"prompt_logprobs": 0}, {"use_beam_search": True},
+        {"best_of": 2}, {"best_of": 1}, {"suffix": "x"}, {"suffix": ""}, {"echo": True},
+        {"prompt_logprobs": 0}, {"use_beam_search": True},
         {"guided_regex": "a"}, {"return_token_ids": True}, {"truncate_prompt_tokens": 5},
     )),
     *((CHAT_PATH, {"messages": CHAT, **extra}, next(iter(extra))) for extra in (
-        {"tools": [{"type": "function"}]}, {"tool_choice": "required"}, {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function"}]}, {"tools": []}, {"add_generation_prompt": False},
+        {"tool_choice": "required"}, {"response_format": {"type": "json_object"}},
         {"functions": [{}]}, {"continue_final_message": True}, {"modalities": ["audio"]},
     )),
 ]  # fmt: skip
@@ -162,7 +178,15 @@ def test_bad_field_is_a_400_that_names_it(client: httpx.Client, path: str, body:
 
 @pytest.mark.parametrize(
     "extra",
-    [{"tools": []}, {"tool_choice": "none"}, {"response_format": {"type": "text"}}, {"store": True}, {"made_up": [1]}],
+    [
+        {"tools": None},
+        {"add_generation_prompt": True},
+        {"preset": None},
+        {"tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"store": True},
+        {"made_up": [1]},
+    ],
     ids=str,
 )
 def test_what_changes_nothing_is_tolerated(client: httpx.Client, extra: dict[str, Any]) -> None:
@@ -253,3 +277,78 @@ def test_divergence_ends_its_request_alone(client: httpx.Client) -> None:
     assert frames[-2:] == ["data: [DONE]", ""]
     assert json.loads(frames[-3].removeprefix("data: "))["error"]["code"] == "nonfinite"
     assert client.post(CHAT_PATH, json=calm).json()["choices"] == alone
+
+
+@pytest.mark.parametrize("key", ["targets", "interventions", "guard", "preset", "trace"])
+def test_steering_beside_its_object_is_refused(client: httpx.Client, key: str) -> None:
+    value = {"targets": {"happy": 1}, "interventions": [LQR], "guard": {"max_effort": 1}}.get(key, "tokens")
+    calls = [(CHAT_PATH, {"messages": CHAT}), (TEXT_PATH, {"prompt": "a"}), ("/v1/generate", {"prompt": "a"})]
+    for path, body in calls[: 2 if key == "targets" else 3]:
+        found = error(client.post(path, json={**body, key: value}), 400)
+        assert found["param"] == key
+        assert "put it into `steering`" in found["message"]
+
+
+def test_positions_of_which_one_is_inside_and_none_at_all_are_legal(client: httpx.Client) -> None:
+    for scope in ({"prompt": {"positions": [1, 900]}}, {"prompt": "none", "generation": "none"}):
+        body = {"messages": CHAT, "max_tokens": 1, "steering": one(apply=scope)}
+        assert client.post(CHAT_PATH, json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": "\\ud800"}',
+        b'{"\\ud800": NaN}',
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'\xef\xbb\xbf{"prompt": "a"}',
+        b'{"prompt": "a"} x',
+    ],
+    ids=str,
+)
+def test_what_is_no_json_has_one_message(client: httpx.Client, content: bytes) -> None:
+    found = error(client.post(TEXT_PATH, content=content, headers={"Content-Type": "application/json"}), 400)
+    assert (found["message"], found["code"]) == ("The body is not valid JSON.", "invalid_json")
+
+
+def test_a_pair_of_surrogates_is_a_character(client: httpx.Client) -> None:
+    body = b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    response = client.post(TEXT_PATH, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * 1000}),
+        (CompletionRequest, {"prompt": ["a", *[1] * 1000]}),
+        (CompletionRequest, {"prompt": [["a"] * 1000] * 3}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 1000}),
+        (ChatRequest, {"messages": [1] * 1000}),
+        (DetokenizeRequest, {"tokens": [1.5] * 1000}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_long_list_is_refused_at_its_first_bad_item(model: type[BaseModel], body: dict[str, Any]) -> None:
+    """An error for every item of a megabyte would take seconds to build. Both branches of `stop` report once."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate_json(json.dumps(body), strict=True)
+    assert caught.value.error_count() <= 2
+
+
+def test_too_long_names_the_field_that_was_sent(client: httpx.Client) -> None:
+    long = [{"role": "user", "content": "the " * 5000}]
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        (CHAT_PATH, {"messages": CHAT, "max_completion_tokens": 4096}, "max_completion_tokens"),
+        (CHAT_PATH, {"messages": CHAT, "max_tokens": 4096}, "max_tokens"),
+        (CHAT_PATH, {"messages": long}, "messages"),
+        (TEXT_PATH, {"prompt": [[5], [5] * 5000]}, "prompt[1]"),
+        ("/v1/generate", {"messages": long}, "messages"),
+        ("/v1/steering/trace", {"messages": long, "concepts": ["happy"]}, "messages"),
+        ("/v1/steering/trace", {"prompt": [5] * 5000, "concepts": ["happy"]}, "prompt"),
+    ]
+    for path, body, param in cases:
+        found = error(client.post(path, json=body), 400)
+        assert (found["param"], found["code"]) == (param, "context_length_exceeded")
+        assert "4096" in found["message"]
+        assert "prompt has" in found["message"]

@@ -185,3 +185,10 @@ def test_answer_may_fill_the_context(client: httpx.Client) -> None:
     body = {"messages": CHAT, "temperature": 0, "seed": 1, "logit_bias": {"2": 100}}
     answer = client.post(PATH, json=body).json()  # the bias ends it at once; without max_tokens it is no error
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_chat_that_ends_with_the_assistant_gets_another_turn(client: httpx.Client) -> None:
+    messages = [*CHAT, {"role": "assistant", "content": "the dog"}]
+    tokens = client.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+    assert tokens["token_strs"][-2:] == ["<end>", "<assistant>"]
+    assert ask(client, messages=messages)["usage"]["prompt_tokens"] == tokens["count"]

@@ -75,6 +75,21 @@ def test_fit_then_list_show_verify_generate_rm(model_folder: Path, examples: tup
     refused(run("artifacts", "show", "joy", "--store", store), "no artifact")
 
 
+def test_fit_hides_no_built_in_concept_and_warns_of_a_useless_one(
+    model_folder: Path, examples: tuple[Path, Path], tmp_path: Path
+) -> None:
+    positive, negative = examples
+    sides = ["--positive", positive, "--negative", negative, "--store", tmp_path / "store"]
+    refused(run("fit", "polite", *sides), "built-in")
+    alike = tmp_path / "alike.txt"
+    alike.write_text("\n".join(reversed([*POSITIVE, "the cat"])))
+    options = ["--model", model_folder, "--store", tmp_path / "store", "--jacobian-prompts", "1", "--json"]
+    made = run("fit", "noise", "--positive", positive, "--negative", alike, *options)
+    assert made.exit_code == 0, made.output
+    best = max(json.loads(made.stdout)["quality"]["auroc"])
+    assert ("Warning" in made.stderr) == (best < 0.7)
+
+
 def test_bad_examples_name_file_and_row(model_folder: Path, examples: tuple[Path, Path], tmp_path: Path) -> None:
     positive, negative = examples
     options = ["--model", model_folder, "--store", tmp_path / "store"]
@@ -103,6 +118,10 @@ def test_bad_examples_name_file_and_row(model_folder: Path, examples: tuple[Path
         (["no/such/folder"], "does not exist"),
         (["--max-batch", "0"], "max_batch"),
         (["--engine", "vllm"], "native"),
+        (["--replicas", "2"], "not in this version"),
+        (["--tensor-parallel", "2"], "not in this version"),
+        (["--quantization", "int8"], "not in this version"),
+        (["--admin-key", " "], "admin_key"),
         (["--device", "abacus"], "device"),
         (["--dtype", "float8"], "dtype"),
     ],

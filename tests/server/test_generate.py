@@ -65,3 +65,15 @@ def test_refusals(client: httpx.Client) -> None:
     twice = {"prompt": "a", "targets": {"happy": 1}, "steering": {"targets": {"happy": 1}}}
     assert error(client.post(PATH, json=twice), 400)["param"] == "targets"
     assert error(client.post(PATH, json={"prompt": "a", "n": 2}), 400)["param"] == "n"
+
+
+def test_stream_ends_with_the_usage_where_asked(client: httpx.Client) -> None:
+    body = {**BASE, "targets": {"happy": 9.0}, "compare": True, "logprobs": 0}
+    whole = client.post(PATH, json=body).json()
+    chunks = events(client, PATH, {**body, "stream_options": {"include_usage": True}})
+    assert chunks[-2]["steering"] == whole["steering"]
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["unsteered"] == {"usage": whole["unsteered"]["usage"]}
+    for name, own in (("steered", whole), ("unsteered", whole["unsteered"])):
+        mine = [c["logprobs"]["text_offset"] for c in chunks if c["stream"] == name and "logprobs" in c]
+        assert [offset for part in mine for offset in part] == own["logprobs"]["text_offset"]

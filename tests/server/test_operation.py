@@ -76,6 +76,39 @@ def test_full_queue_is_a_429(narrow: httpx.Client) -> None:
     assert served_within(narrow, 2)
 
 
+def test_what_can_never_fit_is_a_400(narrow: httpx.Client) -> None:
+    body = {"prompt": ["a"] * 3, "max_tokens": 1}
+    found = error(narrow.post("/v1/completions", json=body), 400)
+    assert found["param"] == "n"
+    assert "at most 2 choices" in found["message"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_failure_is_answered_unless_the_answer_has_begun(begun: bool) -> None:
+    """httpx's transport raises what the application raises: a 500 here means that the connection lives on."""
+    import asyncio
+
+    from server.middleware import Gate
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("secret detail")
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(Gate(fails)), base_url="http://x") as http:
+            return await http.get("/", headers={"X-Request-Id": "abc"})
+
+    if begun:
+        with pytest.raises(RuntimeError):
+            asyncio.run(ask())
+        return
+    response = asyncio.run(ask())
+    assert error(response, 500)["code"] == "internal_error"
+    assert response.headers["x-request-id"] == "abc"
+    assert "secret" not in response.text
+
+
 def test_request_id_comes_back(client: httpx.Client) -> None:
     assert client.get("/version", headers={"X-Request-Id": "abc-1.2"}).headers["x-request-id"] == "abc-1.2"
     assert client.get("/nothing", headers={"X-Request-Id": "abc"}).headers["x-request-id"] == "abc"
@@ -106,6 +139,10 @@ def test_tokenize_and_back(client: httpx.Client) -> None:
     assert client.post("/detokenize", json={"tokens": bare["tokens"]}).json() == {"prompt": "the cat sat"}
     chat = client.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
     assert chat["count"] == 5
+    closed = client.post(
+        "/tokenize", json={"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": False}
+    ).json()
+    assert closed["tokens"] == chat["tokens"][:-1]
     assert error(client.post("/detokenize", json={"tokens": [64]}), 400)["param"] == "tokens"
     assert error(client.post("/tokenize", json={}), 400)["param"] == "prompt"
 

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
+import torch
 
+from server.host import describe
+from steering import Artifact, Store
 from tests.server.wire import error
 
 
@@ -69,3 +74,13 @@ def test_trace_is_what_the_laws_read(client: httpx.Client) -> None:
 )
 def test_bad_traces(client: httpx.Client, body: dict[str, object], status: int, param: str) -> None:
     assert error(client.post("/v1/steering/trace", json=body), status)["param"] == param
+
+
+def test_a_body_cannot_lie_about_its_artifact(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    claims = {"name": "other", "kind": "gold", "fingerprint": "sha256:0", "bytes": 0, "quality": "best", "skip": 1}
+    store.save(Artifact("plain", "concept", "sha256:1", {"direction": torch.zeros(2)}, claims))
+    found = describe(store, "plain")
+    assert (found["name"], found["kind"], found["skip"], found["quality"]) == ("plain", "concept", 1, {})
+    assert found["fingerprint"] != "sha256:0"
+    assert found["bytes"] > 0

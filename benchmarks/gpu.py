@@ -1,0 +1,73 @@
+"""Everything that needs a GPU, in one call of under ten minutes: correctness of the compiled kernel, then speed.
+
+    python -m benchmarks.gpu [--tokens 64] [--repeats 5]
+
+1. the kernel's tests against its reference, compiled (`tests/kernels/triton_feedback.py`);
+2. the operator against its floor and the dense form (`benchmarks/feedback.py --device cuda`);
+3. a random-weight Llama of 8B shapes in bfloat16: unsteered and steered throughput of the engine at n = 1, 16, 64;
+4. a fit's products at 8B shapes, dense against matrix-free (`benchmarks/fit.py --device cuda`).
+
+Writes benchmarks/results/*-cuda.json. Without a GPU it says so and exits with 2. No figure of it is in the README yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[1]
+
+
+def llama_8b() -> LlamaForCausalLM:
+    """A random Llama of the 8B shapes, bfloat16, made on the GPU."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14_336,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main() -> int:
+    """Run the parts in turn; the exit status is that of the first that failed."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--tokens", type=int, default=64)
+    arguments.add_argument("--repeats", type=int, default=5)
+    given = arguments.parse_args()
+    if not torch.cuda.is_available():
+        print("No CUDA device: this benchmark has nothing to measure here.", file=sys.stderr)
+        return 2
+    for command in (
+        ["-m", "pytest", "-q", "tests/kernels/triton_feedback.py"],
+        ["-m", "benchmarks.feedback", "--device", "cuda"],
+        ["-m", "benchmarks.fit", "--device", "cuda"],
+    ):
+        if status := subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
+            return status
+    from benchmarks.engine import measure, write
+    from steering.plant.plant import Plant
+
+    body = measure(Plant(llama_8b()), [1, 16, 64], given.tokens, given.repeats, "random llama of 8B shapes, bfloat16")
+    write(body, "cuda")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
