@@ -140,6 +140,10 @@ class Law:
         """Scales how much of the control is applied, never where the setpoint is."""
         return replace(self, strength=factor * self.strength)
 
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Law:
+        """The same law in another precision, on another device."""
+        return Law(*(getattr(self, f.name).to(device, dtype) for f in fields(Law)))
+
     def padded(self, rank: int) -> Law:
         """The same law with idle channels appended up to `rank`."""
         missing = rank - self.rank

@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
 from steering.errors import SpecError
 from steering.law import Law, superpose
@@ -205,10 +204,3 @@ class Program:
             sha.update(str(route).encode())
             law.digest_into(sha, names)
         return f"sha256:{sha.hexdigest()}"
-
-
-def as_float32(law: Law) -> Law:
-    """The law in the precision in which it is made resident."""
-    return Law(
-        *(getattr(law, name).to(torch.float32) for name in ("probe", "setpoint", "gain", "limit", "strength", "cap"))
-    )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from steering.errors import SpecError
 from steering.law import Law
 from steering.methods import Ablate, Lqr
-from steering.program import MAX_POSITIONS, Guard, Positions, Program, Scope, Term, Window, as_float32
+from steering.program import MAX_POSITIONS, Guard, Positions, Program, Scope, Term, Window
 from tests.toy import toy
 
 BENCH = toy()
@@ -173,5 +173,5 @@ def test_a_program_acts_when_a_term_does() -> None:
 
 
 def test_laws_are_made_resident_in_float32() -> None:
-    law = as_float32(Law.of(torch.ones(3, dtype=torch.float64) / 3, 0.1, torch.ones(3, dtype=torch.float64)))
+    law = Law.of(torch.ones(3, dtype=torch.float64) / 3, 0.1, torch.ones(3, dtype=torch.float64)).to(torch.float32)
     assert {law.probe.dtype, law.setpoint.dtype, law.cap.dtype, law.strength.dtype} == {torch.float32}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from steering.concept import Concept
-from steering.control import setpoints
 from steering.errors import SpecError
 from steering.methods import Ablate, Add, Clamp, Lqr, Pid
-from steering.methods.base import meter
+from steering.methods.base import gauges, meter
 from steering.program import Program, Scope, Term
 from steering.registry import Bench, Intervention
-from steering.types import Gains, Units, across
+from steering.types import Gains, across
 
 GRID = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Setpoints λ (centred) and multiples of one contrast: the two are commensurate, see `steering.methods.add`."""
@@ -68,13 +67,11 @@ class Condition:
         """What the engine runs. The unsteered model carries meters, which measure and do nothing."""
         intervention = self.intervention()
         if intervention is None:
-            return Program((replace(meters(bench.concept(self.concept)), scope=self.scope),))
+            return Program((meters(bench.concept(self.concept), self.scope),))
         return Program((intervention.compile(bench),))
 
 
-def meters(concept: Concept, units: Units = "centred") -> Term:
+def meters(concept: Concept, scope: Scope = Scope()) -> Term:
     """A term that measures v_l·x_l at the controlled layers of a concept and acts on nothing."""
-    schedule = setpoints(units, concept.origin, concept.magnitude)
     laws = {across(layer): meter(concept.direction[layer]) for layer in concept.layers}
-    gauges = {across(l): (float(schedule.origin_L[l]), float(schedule.scale_L[l])) for l in concept.layers}
-    return Term(concept.name, "meter", laws, gauges=gauges)
+    return Term(concept.name, "meter", laws, scope, gauges=gauges(concept, concept.layers))

@@ -88,13 +88,17 @@ class ConceptIntervention:
             raise SpecError(
                 "layers", expected=f"layers where {type_} on concept {self.concept!r} has an effect", got=list(layers)
             )
-        schedule = setpoints(units, concept.origin, concept.magnitude)
-        gauges = {
-            across(layer): (float(schedule.origin_L[layer]), float(schedule.scale_L[layer]))
-            for layer in layers
-            if schedule.scale_L[layer] > 0
-        }
-        return Term(self.concept, type_, laws, self.apply, units, target, gauges)
+        return Term(self.concept, type_, laws, self.apply, units, target, gauges(concept, layers, units))
+
+
+def gauges(concept: Concept, layers: tuple[int, ...], units: Units = "centred") -> dict[Route, tuple[float, float]]:
+    """(origin, scale) of the projections at the inputs of `layers`, for those where the concept has a scale."""
+    schedule = setpoints(units, concept.origin, concept.magnitude)
+    return {
+        across(layer): (float(schedule.origin_L[layer]), float(schedule.scale_L[layer]))
+        for layer in layers
+        if schedule.scale_L[layer] > 0
+    }
 
 
 def targets(concept: Concept, units: Units, setpoint: float) -> Tensor:

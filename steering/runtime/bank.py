@@ -12,15 +12,14 @@ R is one number for the whole bank and doubles when a wider program arrives; onl
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steering.errors import BankFull
-from steering.law import Law
-from steering.program import Program, as_float32
+from steering.program import Program
 from steering.types import Route
 
 
@@ -105,7 +104,7 @@ class Bank:
         for route, law in program.laws.items():
             if route not in routes:
                 routes[route] = LawTensors.zeros(self._n_slots + 1, rank, *law.widths, self._device)
-        resident = {route: _on(law, self._device) for route, law in program.laws.items()}
+        resident = {route: law.to(torch.float32, self._device) for route, law in program.laws.items()}
         self.rank, self.routes = rank, routes
         slot = _Slot(self._free.pop(), 0, tuple(program.laws))
         for route, law in resident.items():
@@ -135,12 +134,6 @@ class Bank:
                 tensor[gone.index] = 0
             tensors.limit_SR[gone.index] = float("inf")
         self._free.append(gone.index)
-
-
-def _on(law: Law, device: torch.device) -> Law:
-    """The law in float32 on a device."""
-    exact = as_float32(law)
-    return Law(*(getattr(exact, field.name).to(device) for field in fields(Law)))
 
 
 @dataclass(frozen=True, slots=True)
