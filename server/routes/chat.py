@@ -6,16 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.account import Json, chat_logprobs, receipt, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
-from server.routes.common import ERRORS, HostDep, ServiceDep, note, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, answered, takes
 from server.schema.openai import ChatRequest
-from server.stream import EventStream
 from server.tokens import TokenTable
 from server.translate import Call, chat_call
 from steering import Delta, Finished
@@ -27,14 +25,7 @@ Body = Annotated[ChatRequest, Depends(json_body(ChatRequest, refuse=True))]
 @router.post("/v1/chat/completions", responses=ERRORS, openapi_extra=takes(ChatRequest))
 async def chat(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
     """Answer a chat, steered by the `steering` object where there is one."""
-    host.require_model(body.model)
-    call = await run_in_threadpool(chat_call, body, host)
-    note(http, call)
-    generation = service.generate(list(call.requests))
-    if body.stream:
-        return EventStream(_chunks(call, generation, host.tokens), generation)
-    ends = await generation.finished(http)
-    return await run_in_threadpool(lambda: JSONResponse(_completion(call, ends, host.tokens)))
+    return await answered(http, service, host, body, chat_call, _completion, _chunks)
 
 
 def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
+from server.account import Json
+from server.generation import Generation
 from server.host import Host, Service
 from server.schema.errors import ErrorEnvelope
+from server.schema.openai import ChatRequest, CompletionRequest, GenerateRequest
+from server.stream import EventStream
+from server.tokens import TokenTable
 from server.translate import Call
+from steering import Finished
+
+B = TypeVar("B", ChatRequest, CompletionRequest, GenerateRequest)
 
 
 def service_of(request: Request) -> Service:
@@ -37,6 +48,26 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI's description of a JSON body that a dependency reads."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def answered(
+    http: Request,
+    service: Service,
+    host: Host,
+    body: B,
+    translate: Callable[[B, Host], Call],
+    whole: Callable[[Call, Sequence[Finished], TokenTable], Json],
+    chunks: Callable[[Call, Generation, TokenTable], AsyncIterator[Json]],
+) -> Response:
+    """What every generating route does: translate, submit, and answer whole or as a stream."""
+    host.require_model(body.model)
+    call = await run_in_threadpool(translate, body, host)
+    note(http, call)
+    generation = service.generate(list(call.requests))
+    if body.stream:
+        return EventStream(chunks(call, generation, host.tokens), generation)
+    ends = await generation.finished(http)
+    return await run_in_threadpool(lambda: JSONResponse(whole(call, ends, host.tokens)))
 
 
 def note(request: Request, call: Call) -> None:

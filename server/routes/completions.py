@@ -6,16 +6,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from server.account import Json, TokenText, completion_logprobs, receipt, traced, usage
+from server.account import Json, completion_logprobs, receipt, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
-from server.routes.common import ERRORS, HostDep, ServiceDep, note, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, answered, takes
 from server.schema.openai import CompletionRequest
-from server.stream import EventStream
+from server.tokens import TokenTable
 from server.translate import Call, completion_call
 from steering import Finished
 
@@ -26,17 +25,11 @@ Body = Annotated[CompletionRequest, Depends(json_body(CompletionRequest, refuse=
 @router.post("/v1/completions", responses=ERRORS, openapi_extra=takes(CompletionRequest))
 async def complete(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
     """Continue texts, steered by the `steering` object where there is one. Choices of prompt p begin at index p·n."""
-    host.require_model(body.model)
-    call = await run_in_threadpool(completion_call, body, host)
-    note(http, call)
-    generation = service.generate(list(call.requests))
-    if body.stream:
-        return EventStream(_chunks(call, generation, host.tokens.text), generation)
-    ends = await generation.finished(http)
-    return await run_in_threadpool(lambda: JSONResponse(_completion(call, ends, host.tokens.text)))
+    return await answered(http, service, host, body, completion_call, _completion, _chunks)
 
 
-def _completion(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
+def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:
+    text = table.text
     choices = []
     for index, end in enumerate(ends):
         logprobs = None if end.logprobs is None else completion_logprobs(end.logprobs, text)
@@ -47,8 +40,9 @@ def _completion(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
     return answer
 
 
-async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:
+async def _chunks(call: Call, generation: Generation, table: TokenTable) -> AsyncIterator[Json]:
     """Text, each finish reason with an empty text, the receipt, the usage."""
+    text = table.text
     ends: dict[int, Finished] = {}
     offsets = [0] * len(call.requests)
     async for piece in pieces(generation):

@@ -6,16 +6,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.account import Json, TokenText, completion_logprobs, receipt, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
-from server.routes.common import ERRORS, HostDep, ServiceDep, note, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, answered, takes
 from server.schema.openai import GenerateRequest
-from server.stream import EventStream
+from server.tokens import TokenTable
 from server.translate import Call, generate_call
 from steering import Finished
 
@@ -28,17 +27,11 @@ STREAMS = ("steered", "unsteered")
 @router.post("/v1/generate", responses=ERRORS, openapi_extra=takes(GenerateRequest))
 async def generate(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
     """Continue a prompt or a chat. With `compare` the unsteered twin runs in the same batch from the same seed."""
-    host.require_model(body.model)
-    call = await run_in_threadpool(generate_call, body, host)
-    note(http, call)
-    generation = service.generate(list(call.requests))
-    if body.stream:
-        return EventStream(_chunks(call, generation, host.tokens.text), generation)
-    ends = await generation.finished(http)
-    return await run_in_threadpool(lambda: JSONResponse(_answer(call, ends, host.tokens.text)))
+    return await answered(http, service, host, body, generate_call, _answer, _chunks)
 
 
-def _answer(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
+def _answer(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:
+    text = table.text
     answer = {"id": call.id, "model": call.model, **_account(ends[0], text)}
     if call.steered:
         answer["steering"] = receipt(ends[:1], call.programs[:1], text if call.trace else None)
@@ -47,8 +40,9 @@ def _answer(call: Call, ends: Sequence[Finished], text: TokenText) -> Json:
     return answer
 
 
-async def _chunks(call: Call, generation: Generation, text: TokenText) -> AsyncIterator[Json]:
+async def _chunks(call: Call, generation: Generation, table: TokenTable) -> AsyncIterator[Json]:
     """Text of both streams as it comes, the end of each with its usage, the receipt, the usage where asked for."""
+    text = table.text
     ends: dict[int, Finished] = {}
     offsets = [0] * len(call.requests)
     async for piece in pieces(generation):
