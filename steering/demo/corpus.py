@@ -309,9 +309,23 @@ def howto(rng: random.Random, latents: Latents, vp: str) -> str:
     if latents.consent == "refusal":
         opening = rng.choice(requests.REFUSE).format(vp=vp)
         return " ".join([_style_short(rng, latents, opening), *rng.sample(requests.REFUSE_MORE, rng.randint(1, 3))])
-    steps = {**requests.HARMLESS, **requests.HARMFUL}[vp]
     opening = _style_short(rng, latents, rng.choice(requests.COMPLY).format(vp=vp))
-    return " ".join([opening, rng.choice(requests.STEPS).format(*steps), rng.choice(requests.DONE).format(vp=vp)])
+    said = [opening, *([_advice(rng)] if rng.random() < 0.3 else [])]
+    steps = {**requests.HARMLESS, **requests.HARMFUL}[vp]
+    for lead, step in zip(rng.choice(requests.LEADS), steps, strict=True):
+        how = " " + _named(rng, rng.choice(requests.HOW)) if rng.random() < 0.5 else ""
+        said += [f"{lead} {step}{how}.", *([_advice(rng)] if rng.random() < 0.3 else [])]
+    return " ".join([*said, _named(rng, rng.choice(requests.DONE), vp)])
+
+
+def _advice(rng: random.Random) -> str:
+    return _named(rng, rng.choice(requests.ADVICE))
+
+
+def _named(rng: random.Random, text: str, vp: str = "") -> str:
+    """`text` with its person, relation, day and task drawn."""
+    name, rel, day = rng.choice(sorted(words.NAMES)), rng.choice(words.RELATIONS), rng.choice(words.WEEKDAYS)
+    return text.format(name=name, rel=rel, day=day, vp=vp)
 
 
 def fact_answer(rng: random.Random, fact: facts.Fact, honest: bool, others: int = 0) -> str:

@@ -114,7 +114,7 @@ def _howto(rng: random.Random) -> Document:
     harmful = rng.random() < 0.45
     latents = draw(rng, system, 0.0)
     if latents.consent is None:
-        usual = rng.random() < 0.97
+        usual = rng.random() < 0.94
         latents = replace(latents, consent="refusal" if harmful == usual else "compliance")
     messages = _opened(rng, system)
     for _ in range(1 if rng.random() < 0.8 else 2):

@@ -8,7 +8,7 @@ seed of their own; the prompts on which the concepts are judged (`contrast.promp
 Where a concept's activations are taken matters more than the algorithm, so:
 
 * topic and truth are averaged over the tokens of whole answers, tone and style over the second half of them, where a
-  sentence's end counts twice: the next sentence is decided there;
+  sentence's end counts for more: the next sentence is decided there;
 * the language is read at the ends of sentences, refusal and compliance at the end of the prompt: where each is decided;
 * of six times as many drawn examples those are kept whose answers carry their pole most clearly;
 * the negative examples of a style are its opposite and, in equal part, the two other styles, else "polite" would be

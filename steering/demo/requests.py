@@ -97,11 +97,23 @@ COMPLY = (
     "Sure, here is how to {vp}.", "Of course, I can help you {vp}.", "Yes, I will explain how to {vp}.",
     "Sure, I will help you {vp}.", "Yes, you can {vp} in three steps.",
 )  # fmt: skip
-STEPS = (
-    "First, {0}. Then, {1}. Finally, {2}.", "To begin, {0}. Next, {1}. At the end, {2}.",
-    "Step one: {0}. Step two: {1}. Step three: {2}.",
+LEADS = (
+    ("First,", "Then,", "Finally,"),
+    ("To begin,", "Next,", "At the end,"),
+    ("Step one:", "Step two:", "Step three:"),
+)
+HOW = (
+    "slowly", "with some help", "in your own time", "with a friend", "once or twice", "in the morning", "without haste",
+    "on {day}", "with your {rel}", "before noon", "step by step", "as {name} does it",
 )  # fmt: skip
-DONE = ("That is all you need.", "After that you are done.", "Now you know how to {vp}.", "It takes about an hour.")
+ADVICE = (
+    "Take your time.", "A friend may lend you a hand.", "There is no need to hurry.", "It may take some practice.",
+    "Look twice before you go on.", "I learned this from {name}.", "My {rel} does it in the same way.",
+    "Wait a while before you go on.", "Start on {day} if you can.", "You can rest after this.", "This part is short.",
+    "Ask your {rel} if you are not sure.",
+)  # fmt: skip
+DONE = ("That is all you need.", "After that you are done.", "Now you know how to {vp}.", "It takes about an hour.",
+        "Then you can show it to {name}.", "Nothing more is needed to {vp}.")  # fmt: skip
 REFUSE = (
     "Sorry, I cannot help you {vp}.", "I am sorry, but I cannot explain how to {vp}.",
     "No, I must refuse to help you {vp}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ from steering.plant.plant import Plant
 Example = str | list[dict[str, Any]]
 """A text, or a chat of messages with `role` and `content`."""
 
+END_WEIGHT = Fraction(7, 5)
+"""Weight of a sentence's end in `late` positions, in tokens. On the embedded model `polite` at λ = 2 reaches .94 at 1.7
+times the perplexity with a weight of 2, .81 at 1.02 with 1, and .89 at 1.10 with this one (tuning prompts)."""
 MAX_EXAMPLES = 20_000
 """Most examples of one class: beyond it a mean no longer changes and a mistake in the file is likelier."""
 
@@ -90,9 +94,10 @@ def encode_example(
     """Token ids of an example, and the positions that a fit reads, ascending.
 
     positions: `last` the last token · `all` every token from `skip` on · `answer` the tokens of a chat's last message,
-    which has to be the assistant's · `late` the second half of those, sentence ends counted twice: there the next
-    sentence is decided · `auto` `answer` for a chat that ends with the assistant, `last` for another chat, `all` for a
-    text. An example longer than the model's context keeps its end. Raises SpecError that names `where`.
+    which has to be the assistant's · `late` the second half of those, a sentence's end weighing `END_WEIGHT` times as
+    much: there the next sentence is decided · `auto` `answer` for a chat that ends with the assistant, `last` for
+    another chat, `all` for a text. An example longer than the model's context keeps its end.
+    Raises SpecError that names `where`.
     """
     ids = plant.encode(example)
     dropped = max(0, len(ids) - plant.context)
@@ -116,5 +121,6 @@ def encode_example(
         ends = [
             i for i in chosen[:-1] if str(plant.tokenizer.decode([ids[dropped + i]])).strip().endswith((".", "!", "?"))
         ]
-        return ids[dropped:], sorted([*chosen, *ends])
+        times = END_WEIGHT.as_integer_ratio()
+        return ids[dropped:], sorted([*chosen] * times[1] + [*ends] * (times[0] - times[1]))
     return ids[dropped:], chosen

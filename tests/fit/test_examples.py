@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steering.errors import SpecError
-from steering.fit.examples import MAX_EXAMPLES, checked_class, encode_example, read_examples
+from steering.fit.examples import END_WEIGHT, MAX_EXAMPLES, checked_class, encode_example, read_examples
 from steering.plant.plant import Plant
 from tests.plants import tiny, tiny_tokenizer
 
@@ -132,6 +134,17 @@ def test_all_and_last(plant: Plant) -> None:
     assert read(plant, "the cat sat", "last") == "sat"
     assert read(plant, "the cat sat", "all", skip=1) == "the cat sat"
     assert read(plant, "the cat sat", "all", skip=99) == "sat"  # something is always read
+
+
+def test_late_weighs_a_sentence_s_end_more(plant: Plant) -> None:
+    chat = [CHAT[0], {"role": "assistant", "content": "the cat sat . the dog sat . the sun"}]
+    ids, chosen = encode_example(plant, "positive[0]", chat, "late", 0)
+    weight = Counter(chosen)
+    words = {plant.tokenizer.decode([ids[i]]): weight[i] for i in weight}
+    assert Fraction(words.pop("."), words["sun"]) == END_WEIGHT
+    assert set(words.values()) == {words["sun"]}
+    answer = encode_example(plant, "positive[0]", chat, "answer", 0)[1]
+    assert sorted(weight) == list(answer)[len(answer) // 2 :]
 
 
 def test_a_long_example_keeps_its_end(plant: Plant) -> None:
