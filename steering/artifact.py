@@ -4,6 +4,9 @@ The header's metadata holds one JSON document under the key `setpoint`: format, 
 content, seal. `content` is the SHA-256 over kind, model, body and every tensor (sorted by name), and identifies the
 artifact; `seal` is the SHA-256 over the rest of the document. Both are computed again when a file is read, and one that
 does not match is refused, so a flipped bit anywhere is found.
+
+A file may come from anybody: its header is bounded in length, in tensors and in dimensions before anything is built
+from it, a key that stands twice is refused, and the declared bytes must be the file's.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +37,12 @@ FIELDS = ("format", "kind", "name", "model", "created", "body", "content", "seal
 """Of the header's document."""
 MAX_BYTES = 2**30
 """Largest artifact file that is opened."""
+MAX_HEADER = 2**20
+"""Longest header, in bytes: that of a concept with a hundred layers has a few thousand."""
+MAX_TENSORS = 4096
+MAX_DIMENSIONS = 8
+PARTIAL = ".partial-"
+"""How the name of a file begins that is being written; the number of the writing process follows."""
 
 
 def checked_name(name: object) -> str:
@@ -78,20 +88,10 @@ class Artifact:
             "content": self.fingerprint,
         }
         header["seal"] = _seal(header)
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=folder, prefix=".partial-")
-        os.close(handle)
-        try:
-            # Copies, for safetensors refuses tensors that share memory.
-            copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()}
+        # Copies, for safetensors refuses tensors that share memory.
+        copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()}
+        with replacing(path) as partial:
             save_file(copies, partial, metadata={"setpoint": json.dumps(header, sort_keys=True)})
-            with open(partial, "rb") as written:
-                os.fsync(written.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
         return path
 
     @classmethod
@@ -117,6 +117,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _corrupt(path, f"it is larger than {MAX_BYTES} bytes")
+        _check_container(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["setpoint"], parse_constant=_no_constant)
         fields = {name: header[name] for name in FIELDS}
@@ -134,6 +135,94 @@ def read_header(path: Path) -> dict[str, Any]:
     except SpecError as error:
         raise _corrupt(path, "its metadata holds an impossible name") from error
     return fields
+
+
+@contextmanager
+def partial_file(folder: Path) -> Iterator[Path]:
+    """An empty file in `folder`, which is gone after the block unless the block has moved it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f"{PARTIAL}{os.getpid()}-")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`: it takes its name when the block ends, and is gone when the block raises.
+
+    Whoever opens `path` sees the old file or the new one, whole.
+    """
+    with partial_file(path.parent) as partial:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+
+
+def sweep(folder: Path) -> list[str]:
+    """Delete what a writer left half-written in `folder`: files of processes that are no more, and of this one.
+
+    Only for a process that does not write yet. Returns the names.
+    """
+    left = []
+    for path in sorted(folder.glob(f"{PARTIAL}*")) if folder.is_dir() else ():
+        owner = path.name.removeprefix(PARTIAL).partition("-")[0]
+        if not (owner.isdecimal() and len(owner) < 10 and int(owner) != os.getpid() and _is_alive(int(owner))):
+            path.unlink(missing_ok=True)
+            left.append(path.name)
+    return left
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
+
+
+def _check_container(path: Path) -> None:
+    """Refuse a safetensors header that is too long, has a key twice or absurd tensors, or does not cover the file.
+
+    Raises ArtifactCorrupt, ValueError for what is no header at all.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("no header")
+        if length > MAX_HEADER:
+            raise _corrupt(path, f"its header is longer than {MAX_HEADER} bytes")
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    if not isinstance(header, dict):
+        raise ValueError("no header")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _corrupt(path, f"it has more than {MAX_TENSORS} tensors")
+    end = 0
+    for tensor in header.values():
+        shape = tensor["shape"]
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape):
+            raise _corrupt(path, "a tensor of it has an absurd shape")
+        end = max(end, tensor["data_offsets"][1])
+    if end != size - 8 - length:
+        raise _corrupt(path, f"it has {size - 8 - length} bytes of numbers where its header declares {end}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands twice, of which readers take either."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def _seal(fields: Mapping[str, Any]) -> str:

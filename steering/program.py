@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from steering.condition import Gate
 from steering.errors import SpecError
 from steering.law import Law, superpose
 from steering.types import Route, Units
@@ -132,6 +133,7 @@ class Term:
 
     gauges: per route (origin, scale), so that (c·x − origin)/scale is the measurement of channel 0 in the caller's
     units; only the routes that report are listed. target: the setpoint in those units, None where the method has none.
+    gate: the condition under which the term acts, None for always.
     """
 
     label: str
@@ -141,6 +143,7 @@ class Term:
     units: Units = "centred"
     target: float | None = None
     gauges: Mapping[Route, tuple[float, float]] = field(default_factory=dict)
+    gate: Gate | None = None
 
     @property
     def rank(self) -> int:
@@ -193,7 +196,10 @@ class Program:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of everything: equal fingerprints steer alike."""
-        around = [[t.label, t.type, t.units, t.target, asdict(t.scope)] for t in self.terms]
+        around = [
+            [t.label, t.type, t.units, t.target, asdict(t.scope), *([t.gate.digest()] if t.gate else [])]
+            for t in self.terms
+        ]
         return self._digest(
             ("probe", "gain", "limit", "setpoint", "strength", "cap"), json.dumps([around, asdict(self.guard)])
         )

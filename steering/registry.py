@@ -11,6 +11,7 @@ import sys
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from steering.concept import Concept
+from steering.condition import When
 from steering.program import Term
 
 
@@ -36,6 +37,10 @@ class Intervention(Protocol):
     @property
     def type(self) -> str:
         """The name that the method has in requests."""
+
+    @property
+    def when(self) -> When | None:
+        """The condition under which it acts, None for always."""
 
     def compile(self, bench: Bench) -> Term:
         """The term of a program. Raises SpecError, ControlError or ArtifactError."""

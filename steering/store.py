@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steering.artifact import SUFFIX, Artifact, checked_name, read_header
+from steering.artifact import SUFFIX, Artifact, checked_name, read_header, sweep
 from steering.concept import KIND, Concept
-from steering.errors import ArtifactCorrupt, ArtifactNotFound, SpecError, StaleFingerprint
+from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,34 @@ class Store:
         """Write to the writable folder, whole or not at all."""
         return artifact.save(self.folder)
 
+    def is_builtin(self, name: str) -> bool:
+        """Whether a built-in artifact has this name. Raises SpecError for an impossible one."""
+        return self.builtin is not None and (self.builtin / f"{checked_name(name)}{SUFFIX}").is_file()
+
     def require_own(self, name: str) -> None:
-        """Raises SpecError when the name is that of a built-in artifact, which a new one would hide."""
-        if self.builtin is not None and (self.builtin / f"{checked_name(name)}{SUFFIX}").is_file():
-            raise SpecError(
-                "name", expected="a name that no built-in artifact has", got=name, advice="choose another one"
+        """Raises ArtifactError when the name is that of a built-in artifact, which a new one would hide, and SpecError
+        for an impossible name."""
+        if self.is_builtin(name):
+            raise ArtifactError(
+                f"name: expected a name that no built-in artifact has, got {name!r}; choose another one.", param="name"
             )
 
     def remove(self, name: str) -> None:
-        """Delete from the writable folder. Raises SpecError for a built-in artifact, ArtifactNotFound."""
+        """Delete from the writable folder. Raises ArtifactError for a built-in artifact, ArtifactNotFound."""
         path = self.path(name)
         if path.parent == self.builtin:
-            raise SpecError(
-                "name", expected="an artifact of the store", got=name, advice="this one ships with the model"
+            raise ArtifactError(
+                f"name: expected an artifact of the store, got {name!r}; this one ships with the model.", param="name"
             )
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+    def sweep(self) -> list[str]:
+        """Delete what a killed process left half-written here and in the folders below; returns the names.
+
+        For the start of a process, before it writes anything.
+        """
+        folders = [self.folder, *(path for path in self.folder.glob("*/") if path.is_dir())]
+        return [name for folder in folders for name in sweep(folder)]
 
 
 class Shelf:
@@ -121,18 +134,25 @@ class Shelf:
         held = self._loaded.get(name)
         if held is not None and held[0] == version:
             return held[1]
-        concept = Concept.from_artifact(Artifact.load(path))
+        concept = self.checked(Concept.from_artifact(Artifact.load(path)), name)
+        self._loaded[name] = (version, concept)
+        return concept
+
+    def checked(self, concept: Concept, name: str) -> Concept:
+        """`concept` if it is one of this model's. Raises StaleFingerprint that tells both sides; `name` is its name."""
+        theirs, ours = (concept.depth, concept.width), (self.depth, self.width)
         if concept.model != self.model:
+            sizes = "" if theirs == ours else f" of {theirs[0]} layers of width {theirs[1]}"
+            own = f" of {ours[0]} layers of width {ours[1]}" if sizes else ""
             raise StaleFingerprint(
-                f"Concept {name!r} was fitted on model {concept.model[:19]}…, this is {self.model[:19]}…; "
+                f"Concept {name!r} was fitted on model {concept.model[:19]}…{sizes}, this is {self.model[:19]}…{own}; "
                 "fit it again on this model.",
                 param="concept",
             )
-        if (concept.depth, concept.width) != (self.depth, self.width):
+        if theirs != ours:
             raise StaleFingerprint(
                 f"Concept {name!r} has {concept.depth} layers of width {concept.width}, the model has {self.depth} of "
                 f"width {self.width}; fit it again on this model.",
                 param="concept",
             )
-        self._loaded[name] = (version, concept)
         return concept

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from steering import artifact as module
-from steering.artifact import FORMAT, Artifact, checked_name, read_header
+from steering.artifact import FORMAT, Artifact, checked_name, read_header, replacing
 from steering.errors import ArtifactCorrupt, SpecError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
@@ -290,3 +290,54 @@ def test_saving_replaces(tmp_path: Path) -> None:
     assert Artifact.load(path).body == {"layers": [3]}
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def container(path: Path, header: str | bytes, data: bytes = b"", *, length: int | None = None) -> Path:
+    """A safetensors file made by hand."""
+    raw = header.encode() if isinstance(header, str) else header
+    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+    return path
+
+
+ONE = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "said"),
+    [
+        ("{}", b"", 2**63, "not a safetensors file"),
+        ("", b"", None, "not a safetensors file"),
+        ("[]", b"", None, "not a safetensors file"),
+        ('{"v": 1}', b"", None, "not a safetensors file"),
+        (b"\xff\xff", b"", None, "not a safetensors file"),
+        ("[" * 100_000, b"", None, "not a safetensors file"),
+        (f'{{"v": {ONE}, "v": {ONE}}}', bytes(4), None, "not a safetensors file"),
+        ("{" + " " * 2**20 + "}", b"", None, "header is longer than"),
+        ("{" + ", ".join(f'"{i}": {ONE}' for i in range(4097)) + "}", bytes(4), None, "more than 4096 tensors"),
+        ('{"v": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}', b"", None, "absurd"),
+        ('{"v": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4), None, "absurd"),
+        (f'{{"v": {{"dtype": "F32", "shape": {[1] * 9}, "data_offsets": [0, 4]}}}}', bytes(4), None, "absurd"),
+        (f'{{"v": {ONE}}}', bytes(8), None, "8 bytes of numbers where its header declares 4"),
+        (f'{{"v": {ONE}}}', bytes(3), None, "3 bytes of numbers where its header declares 4"),
+    ],
+)  # fmt: skip
+def test_hostile_headers(tmp_path: Path, header: str | bytes, data: bytes, length: int | None, said: str) -> None:
+    with pytest.raises(ArtifactCorrupt, match=said):
+        read_header(container(tmp_path / "x.safetensors", header, data, length=length))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with replacing(path) as partial:
+        partial.write_text("old")
+
+    def break_off() -> None:
+        with replacing(path) as partial:
+            partial.write_text("new")
+            assert path.read_text() == "old"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    assert [one.name for one in tmp_path.iterdir()] == ["x"]
+    assert path.read_text() == "old"

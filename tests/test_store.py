@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from steering.artifact import Artifact
-from steering.errors import ArtifactCorrupt, ArtifactNotFound, SpecError, StaleFingerprint
+from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint
 from steering.store import Shelf, Store
 from tests.toy import MODEL, toy
 
@@ -46,8 +48,12 @@ def test_listing(store: Store) -> None:
 def test_a_new_artifact_must_not_hide_a_built_in_one(store: Store) -> None:
     store.require_own("mine")
     store.require_own("new")
-    with pytest.raises(SpecError, match="no built-in artifact"):
+    with pytest.raises(ArtifactError, match="no built-in artifact") as caught:
         store.require_own("tone")
+    assert (caught.value.status, caught.value.param) == (409, "name")
+    assert (store.is_builtin("tone"), store.is_builtin("mine")) == (True, False)
+    with pytest.raises(SpecError):
+        store.require_own("../tone")
 
 
 def test_a_quality_that_is_no_object_is_listed_as_none(store: Store) -> None:
@@ -73,9 +79,9 @@ def test_an_own_artifact_hides_a_built_in_one_until_it_is_removed(store: Store) 
 
 
 def test_a_built_in_artifact_cannot_be_removed(store: Store) -> None:
-    with pytest.raises(SpecError, match="ships with the model") as caught:
+    with pytest.raises(ArtifactError, match="ships with the model") as caught:
         store.remove("polite")
-    assert caught.value.param == "name"
+    assert (caught.value.status, caught.value.param) == (409, "name")
     assert "polite" in listed(store)
 
 
@@ -166,3 +172,24 @@ def test_a_shelf_sees_a_new_version_even_within_one_tick(store: Store) -> None:
     store.remove("mine")
     with pytest.raises(SpecError):
         bench.concept("mine")
+
+
+def test_another_models_sizes_are_told(store: Store) -> None:
+    with pytest.raises(StaleFingerprint, match=r"of 4 layers of width 6, this is sha256:00… of 5 layers of width 7"):
+        shelf(store, model="sha256:00", depth=5, width=7).concept("tone")
+
+
+def test_what_a_killed_writer_left_is_swept(store: Store) -> None:
+    """Of processes that are no more, and of this one, which has not begun to write; not of one that lives."""
+    program = [sys.executable, "-c", "import os; print(os.getpid())"]
+    dead = subprocess.run(program, capture_output=True, text=True, check=True)
+    presets = store.folder / "presets"
+    presets.mkdir()
+    for folder in (store.folder, presets):
+        for owner in (dead.stdout.strip(), str(os.getpid()), str(os.getppid())):
+            (folder / f".partial-{owner}-x").write_bytes(b"half")
+    (store.folder / ".partial-old").write_bytes(b"half")
+    assert len(store.sweep()) == 5
+    assert sorted(path.name for path in store.folder.rglob(".partial-*")) == [f".partial-{os.getppid()}-x"] * 2
+    assert "mine" in listed(store)
+    assert Store(store.folder / "absent").sweep() == []

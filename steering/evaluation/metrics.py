@@ -10,7 +10,7 @@ interval     Wilson score interval of a rate, 95% (Wilson 1927), over answers: t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,8 +20,17 @@ Z_95 = 1.959963984540054
 """Two-sided 95% point of the normal distribution."""
 
 
-def perplexity(plant: Plant, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch: int = 32) -> float:
-    """Perplexity of continuations under the plain model. pairs: (prompt ids, generated ids); NaN when all are empty."""
+def perplexity(
+    plant: Plant,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch: int = 32,
+    pause: Callable[[], None] | None = None,
+) -> float:
+    """Perplexity of continuations under the plain model. pairs: (prompt ids, generated ids); NaN when all are empty.
+
+    `pause` is called after every batch; what it raises ends the work.
+    """
     shell = plant.shell("sdpa")
     rows = sorted((pair for pair in pairs if pair[1]), key=lambda pair: len(pair[0]) + len(pair[1]))
     total, count = 0.0, 0
@@ -43,6 +52,8 @@ def perplexity(plant: Plant, pairs: Sequence[tuple[Sequence[int], Sequence[int]]
         )
         total += float(loss)
         count += int((labels_BT[:, 1:] != -100).sum())
+        if pause is not None:
+            pause()
     return math.exp(total / count) if count else math.nan
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from steering.artifact import checked_name
 from steering.concept import Concept
 from steering.control import Weights, output_regulate, regulate_along
-from steering.errors import SpecError
+from steering.errors import PlantError, SpecError
 from steering.fit.examples import Example, checked_class, encode_example
-from steering.plant.capture import capture_means, state_sites
+from steering.plant.capture import Pause, capture_means, state_sites
 from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
 from steering.types import Gains
@@ -94,8 +94,12 @@ def fit_concept(
     negative: Sequence[Example],
     settings: FitSettings | None = None,
     progress: Progress | None = None,
+    pause: Pause | None = None,
 ) -> Concept:
     """Fit one concept.
+
+    `pause` is called between pieces of work that are small beside the whole, so that a fit can give way to others. What
+    it or `progress` raises ends the fit.
 
     Raises SpecError (a bad name, setting or row, named), PlantError (a chat for a model without a template),
     ControlError (no usable gain).
@@ -108,14 +112,9 @@ def fit_concept(
     def report(stage: str, start: float, end: float) -> Callable[[int, int], None]:
         return lambda done, of: progress(stage, start + (end - start) * done / max(of, 1)) if progress else None
 
-    encoded = {
-        side: [
-            encode_example(plant, f"{side}[{i}]", row, settings.positions, settings.skip) for i, row in enumerate(rows)
-        ]
-        for side, rows in classes.items()
-    }
+    encoded = {side: encode_class(plant, side, rows, settings, pause) for side, rows in classes.items()}
     states = {
-        side: _states(plant, rows, report(f"states ({side})", start, start + 0.3))
+        side: _states(plant, rows, report(f"states ({side})", start, start + 0.3), pause)
         for (side, rows), start in zip(encoded.items(), (0.0, 0.3), strict=True)
     }
     held = {side: _held_out(len(x)) for side, x in states.items()}
@@ -135,7 +134,7 @@ def fit_concept(
     if computed:
         prompts = _jacobian_prompts(encoded, settings.jacobian_prompts)
         context = min(LINEAR_CONTEXT, plant.context)
-        linear = Linearisation(plant, prompts, max_context=context, progress=report("prefixes", 0.6, 0.65))
+        linear = Linearisation(plant, prompts, max_context=context, progress=report("prefixes", 0.6, 0.65), pause=pause)
         for index, kind in enumerate(computed):
             start, end = (0.65 + 0.35 * (index + done) / len(computed) for done in (0, 1))
             before = linear.products
@@ -161,6 +160,23 @@ def fit_concept(
     return concept
 
 
+def encode_class(
+    plant: Plant, side: str, rows: Sequence[Example], settings: FitSettings, pause: Pause | None = None
+) -> list[tuple[list[int], Sequence[int]]]:
+    """Token ids and chosen positions of every example of a class. Raises SteeringError that names the row."""
+    encoded = []
+    for row, example in enumerate(rows):
+        where = f"{side}[{row}]"
+        try:
+            encoded.append(encode_example(plant, where, example, settings.positions, settings.skip))
+        except PlantError as error:
+            error.param = where
+            raise
+        if pause is not None:
+            pause()
+    return encoded
+
+
 def difference_of_means(positive_NLD: Tensor, negative_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Directions v (L+1, D), magnitudes ‖E‖ (L+1,) and origins v·μ₋ (L+1,), float32, from states (N, L+1, D)."""
     mu_plus, mu_minus = positive_NLD.double().mean(0), negative_NLD.double().mean(0)
@@ -184,10 +200,17 @@ def data_hash(classes: dict[str, list[Example]]) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(classes, sort_keys=True).encode()).hexdigest()}"
 
 
-def _states(plant: Plant, rows: list[tuple[list[int], Sequence[int]]], progress: Callable[[int, int], None]) -> Tensor:
+def _states(
+    plant: Plant,
+    rows: list[tuple[list[int], Sequence[int]]],
+    progress: Callable[[int, int], None],
+    pause: Pause | None,
+) -> Tensor:
     """Mean states (N, L+1, D) of encoded examples."""
     sites = state_sites(plant)
-    means = capture_means(plant, [ids for ids, _ in rows], sites, [chosen for _, chosen in rows], progress=progress)
+    means = capture_means(
+        plant, [ids for ids, _ in rows], sites, [chosen for _, chosen in rows], progress=progress, pause=pause
+    )
     return torch.stack([means[site] for site in sites], dim=1)
 
 

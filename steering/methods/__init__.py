@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from steering.errors import SteeringError
 from steering.methods.ablate import Ablate
 from steering.methods.add import Add
+from steering.methods.base import conditioned
 from steering.methods.clamp import Clamp
 from steering.methods.lqr import Lqr
 from steering.methods.pid import Pid
@@ -26,8 +27,12 @@ def compile_program(
     """
     terms = []
     for index, intervention in enumerate(interventions):
+        path = paths[index] if paths else f"interventions[{index}]"
         try:
             terms.append(intervention.compile(bench))
+            path += ".when"
+            if intervention.when is not None:
+                terms[-1] = conditioned(terms[-1], intervention.when, bench)
         except SteeringError as error:
-            raise error.at(paths[index] if paths else f"interventions[{index}]") from error
+            raise error.at(path) from error
     return Program(tuple(terms), guard or Guard())

@@ -1,19 +1,21 @@
-"""What every concept-based intervention shares: its fields, their validation, and the reading of a concept."""
+"""What interventions share: where, when and how much they act; for those on a concept, how it is read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from steering.concept import Concept
+from steering.condition import Gate, When
 from steering.control import setpoints
 from steering.errors import SpecError
 from steering.law import Law
 from steering.program import Scope, Term
+from steering.registry import Bench
 from steering.types import Route, Units, across
 
 LARGEST = torch.finfo(torch.float32).max
@@ -27,24 +29,25 @@ def checked_number(name: str, value: float, *, least: float = -LARGEST, most: fl
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptIntervention:
-    """Fields common to the interventions that steer one fitted concept.
+class Applied:
+    """Fields common to all interventions: how much, in which blocks, at which tokens, on which condition.
 
     Described in their metadata: of docstrings under fields, the schema finds only those of the method's own class.
     """
 
-    concept: str = field(
-        metadata={"description": "Name of the fitted concept, as `GET /v1/steering/artifacts` lists it."}
-    )
     strength: float = field(
         default=1.0,
         metadata={"description": "How much of the control is applied; 0 is bit-for-bit the unsteered output."},
     )
     layers: tuple[int, ...] | None = field(
         default=None,
-        metadata={"description": "Blocks to act on, counted from 0; null means those the concept was fitted for."},
+        metadata={"description": "Blocks to act on, counted from 0; null means those the method was fitted for."},
     )
     apply: Scope = field(default=Scope(), metadata={"description": "Prompt positions and decode steps to act on."})
+    when: When | None = field(
+        default=None,
+        metadata={"description": "Act only where the projection on a concept is in bounds; null means always."},
+    )
     max_effort: float | None = field(
         default=None, metadata={"description": "Largest ‖u‖/‖x‖ per layer and token; null means no bound."}
     )
@@ -59,16 +62,21 @@ class ConceptIntervention:
         """`max_effort`, +inf when there is none."""
         return math.inf if self.max_effort is None else self.max_effort
 
+
+@dataclass(frozen=True, kw_only=True)
+class MaybeConcept(Applied):
+    """An intervention that may act on a fitted concept."""
+
+    concept: str | None = field(
+        default=None,
+        metadata={"description": "Name of the fitted concept, as `GET /v1/steering/artifacts` lists it."},
+    )
+
     def chosen_layers(self, concept: Concept) -> tuple[int, ...]:
         """The blocks to act on, ascending. Raises SpecError for a block that the model or the fit does not have."""
         if self.layers is None:
             return concept.layers
-        if not self.layers:
-            raise SpecError("layers", expected="at least one layer, or null for those of the concept", got=[])
-        for layer in self.layers:
-            if not 0 <= layer < concept.depth:
-                raise SpecError("layers", expected=f"layers in 0..{concept.depth - 1}", got=layer)
-        return tuple(sorted(set(self.layers)))
+        return checked_layers(self.layers, concept.depth)
 
     def term(
         self,
@@ -88,7 +96,54 @@ class ConceptIntervention:
             raise SpecError(
                 "layers", expected=f"layers where {type_} on concept {self.concept!r} has an effect", got=list(layers)
             )
-        return Term(self.concept, type_, laws, self.apply, units, target, gauges(concept, layers, units))
+        return Term(self.concept or type_, type_, laws, self.apply, units, target, gauges(concept, layers, units))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptIntervention(MaybeConcept):
+    """An intervention on one fitted concept."""
+
+    concept: str = field(
+        metadata={"description": "Name of the fitted concept, as `GET /v1/steering/artifacts` lists it."}
+    )
+
+
+def checked_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """`layers`, ascending and each once. Raises SpecError for none, or for a block that the model does not have."""
+    if not layers:
+        raise SpecError("layers", expected="at least one layer, or null for the method's own choice", got=[])
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=layer)
+    return tuple(sorted(set(layers)))
+
+
+def conditioned(term: Term, when: When, bench: Bench) -> Term:
+    """`term` behind the gate that `when` describes.
+
+    Measured anew at every token, the gate is known from its own block on: the laws of earlier blocks are left out, and
+    SpecError is raised where none is left. Raises what `Bench.concept` raises, and SpecError for a layer that the model
+    or the concept does not have.
+    """
+    concept = bench.concept(when.concept)
+    if not 0 <= when.layer < concept.depth:
+        raise SpecError("layer", expected=f"a layer in 0..{concept.depth - 1}", got=when.layer)
+    schedule = setpoints(when.units, concept.origin, concept.magnitude)
+    origin, scale = float(schedule.origin_L[when.layer]), float(schedule.scale_L[when.layer])
+    if not concept.direction[when.layer].any() or scale <= 0:
+        raise SpecError("layer", expected=f"a layer where concept {when.concept!r} has a direction", got=when.layer)
+    low = -math.inf if when.above is None else origin + scale * when.above
+    high = math.inf if when.below is None else origin + scale * when.below
+    # Rounded as the device compares them, so that the account says what was done also at the very edge.
+    low, high = (float(torch.tensor(bound, dtype=torch.float32)) for bound in (low, high))
+    gate = Gate(when, concept.direction[when.layer], low, high, origin, scale)
+    if when.on == "prompt":
+        return replace(term, gate=gate)
+    laws = {route: law for route, law in term.laws.items() if gate.decides(route)}
+    if not any(law.gain.any() for law in laws.values()):
+        raise SpecError("layer", expected="a layer not behind all those that the intervention acts on", got=when.layer)
+    kept = {route: scale for route, scale in term.gauges.items() if route in laws}
+    return replace(term, laws=laws, gauges=kept, gate=gate)
 
 
 def gauges(concept: Concept, layers: tuple[int, ...], units: Units = "centred") -> dict[Route, tuple[float, float]]:

@@ -26,6 +26,10 @@ Positions = Literal["last", "all"] | Sequence[Sequence[int]]
 `range(start, stop)` such as the answer's tokens. Negative indices count from the prompt's end."""
 Progress = Callable[[int, int], None]
 """Called with the work done and the work to do. What it raises ends the work and goes to the caller."""
+Pause = Callable[[], None]
+"""Called between small pieces of the work, a layer of a batch or less; may take its time. What it raises ends it."""
+BATCH_TOKENS = 1024
+"""Most tokens, pads included, of a batch of more than one prompt: bounds memory, and the time between two pauses."""
 
 
 def state_sites(plant: Plant) -> tuple[Site, ...]:
@@ -67,6 +71,7 @@ def capture_means(
     skip: int = 1,
     batch: int = 16,
     progress: Progress | None = None,
+    pause: Pause | None = None,
 ) -> dict[Site, Tensor]:
     """Per site, a float32 CPU tensor (N, width): the mean over each prompt's selected positions. Keeps no tokens.
 
@@ -78,7 +83,7 @@ def capture_means(
     def keep(site: Site, n: int, x_TD: Tensor) -> None:
         means[site][n] = x_TD.float().mean(0)
 
-    _run(plant, prompts, sites, chosen, batch, progress, keep)
+    _run(plant, prompts, sites, chosen, batch, progress, keep, pause)
     return {site: mean_ND.cpu() for site, mean_ND in means.items()}
 
 
@@ -90,6 +95,7 @@ def _run(
     batch: int,
     progress: Progress | None,
     keep: Callable[[Site, int, Tensor], None],
+    pause: Pause | None = None,
 ) -> None:
     """Run all prompts; give `keep` (site, prompt, its selected rows (tokens, width)) as soon as they are computed."""
     shell = plant.shell()
@@ -99,19 +105,28 @@ def _run(
         def hook(x_BTD: Tensor) -> None:
             for x_TD, n in zip(x_BTD, part, strict=True):
                 keep(site, n, x_TD[chosen[n].to(x_TD.device)])
+            if pause is not None:
+                pause()
 
         return hook
 
     for site in dict.fromkeys(sites):
         plant.tap(shell, site, sort(site))
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # alike lengths together: little padding
-    for start in range(0, len(order), batch):
-        part[:] = order[start : start + batch]
+    done = 0
+    while done < len(order):
+        part[:] = _next_batch(prompts, order[done : done + batch])
         ids_BT, mask_BT = _padded([prompts[n] for n in part], plant.device)
         with torch.no_grad():
             shell.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        done += len(part)
         if progress is not None:
-            progress(start + len(part), len(order))
+            progress(done, len(order))
+
+
+def _next_batch(prompts: Sequence[Sequence[int]], ordered: Sequence[int]) -> list[int]:
+    """The first of `ordered`, shortest prompt first, that together stay within `BATCH_TOKENS`; always one."""
+    return [n for i, n in enumerate(ordered) if i == 0 or (i + 1) * len(prompts[n]) <= BATCH_TOKENS]
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from steering.errors import DimensionMismatch, PlantError
-from steering.plant.capture import Progress, check_prompts
+from steering.plant.capture import Pause, Progress, check_prompts
 from steering.plant.layouts import blocks_of
 from steering.plant.plant import Plant
 from steering.plant.taps import watch
@@ -67,7 +67,8 @@ class _Call:
 class Linearisation:
     """The blocks of a plant as maps of the last token, linearised along some prompts.
 
-    Prompts are truncated to their last `max_context` tokens. Construction runs each prompt once.
+    Prompts are truncated to their last `max_context` tokens. Construction runs each prompt once. `pause` is called
+    after each of them, and after each chunk of products.
     Raises PlantError if there is no prompt, or one is empty or has unknown tokens.
     """
 
@@ -78,6 +79,7 @@ class Linearisation:
         *,
         max_context: int = 24,
         progress: Progress | None = None,
+        pause: Pause | None = None,
     ) -> None:
         if max_context < 1:
             raise PlantError(f"max_context: expected at least 1 token, got {max_context}.", param="max_context")
@@ -88,6 +90,7 @@ class Linearisation:
         """Number format of the computation: float32, or float64 where the model is."""
         self.products = 0
         """Vector–Jacobian and Jacobian–vector products computed so far, rows × prompts."""
+        self._pause: Pause = pause or (lambda: None)
         shell = plant.shell("eager")  # forward mode has no rule for fused attention
         if hasattr(shell, "set_experts_implementation"):
             shell.set_experts_implementation("eager")  # nor for grouped matrix products
@@ -98,6 +101,7 @@ class Linearisation:
             state_LD, calls = _run(shell, plant, prompt)
             states.append(state_LD)
             self._calls.append(calls)
+            self._pause()
             if progress is not None:
                 progress(n + 1, len(tokens))
         self.states_PLD = torch.stack(states).to(self.dtype)
@@ -159,6 +163,7 @@ class Linearisation:
             for start in range(0, len(rows), chunk):
                 part = rows[start : start + chunk]
                 total_KD[start : start + chunk] += product(f, x_D.expand_as(part), part)
+                self._pause()
         self.products += len(rows) * len(self._calls)
         return (total_KD / len(self._calls)).to(rows_KD)
 

@@ -8,6 +8,7 @@ It receives compiled programs and knows no method, no store and no wire format.
 from __future__ import annotations
 
 from steering.runtime.engine import Engine
+from steering.runtime.grammar import Grammar, GrammarCompiler
 from steering.runtime.receipt import Receipt
 from steering.runtime.request import Delta, Event, Finished, LayerReading, Request, Sampling, TokenLogprob, Usage
 from steering.runtime.settings import EngineSettings, Stats
@@ -18,6 +19,8 @@ __all__ = [
     "EngineSettings",
     "Event",
     "Finished",
+    "Grammar",
+    "GrammarCompiler",
     "LayerReading",
     "Receipt",
     "Request",

@@ -9,6 +9,7 @@ request by request, so that the one at fault ends alone.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -21,9 +22,10 @@ from steering.runtime.bank import Bank, Knobs
 from steering.runtime.live import Deliver, Live
 from steering.runtime.outcome import Outcome, compute
 from steering.runtime.request import Event, Finished, LayerReading, Request
-from steering.runtime.runner import Runner
+from steering.runtime.runner import Reading, Runner
+from steering.runtime.sampler import Drawn
 from steering.runtime.scheduler import Batch, Scheduler, Sequence
-from steering.runtime.scope import Resolver, Steering
+from steering.runtime.scope import Frame, Resolver, Steering, admitted
 from steering.runtime.settings import EngineSettings, Stats
 from steering.runtime.wiring import end_tokens, text_decoder, wire
 
@@ -53,7 +55,7 @@ class Engine:
         self._distinct = 0
 
         self._wake = threading.Condition()
-        self._inbox: deque[tuple[Request, Deliver]] = deque()
+        self._inbox: deque[tuple[Request, Deliver, float]] = deque()
         self._aborts: deque[str] = deque()
         self._outstanding: set[str] = set()
         self._closing = False
@@ -80,7 +82,7 @@ class Engine:
             if request.id in self._outstanding:
                 raise SpecError("id", expected="an id that no running request has", got=request.id)
             self._outstanding.add(request.id)
-            self._inbox.append((request, deliver))
+            self._inbox.append((request, deliver, time.monotonic()))
             self._wake.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -150,7 +152,7 @@ class Engine:
             waiting=len(self._outstanding) - len(running),
             kv_used_ratio=used / (self.settings.max_batch * self.max_len),
             programs_resident=len(self._bank),
-            distinct_programs=self._distinct,
+            distinct_programs=self._distinct if running else 0,
             steps=self._counts["steps"],
             prompt_tokens=self._counts["prompt_tokens"],
             generated_tokens=self._counts["generated_tokens"],
@@ -193,10 +195,11 @@ class Engine:
         with self._wake:
             arrived, self._inbox = self._inbox, deque()
             aborted, self._aborts = self._aborts, deque()
-        for request, deliver in arrived:
+        for request, deliver, when in arrived:
             n_rows = 2 if request.program.acts and request.program.guard.max_kl is not None else 1
             sequence = Sequence(request, n_rows)
             self._live[request.id] = Live.of(sequence, deliver, self._decode, self.eos)
+            self._live[request.id].submitted = when
             self._scheduler.add(sequence)
         for request_id in aborted:
             if request_id in self._live:
@@ -215,6 +218,7 @@ class Engine:
                 return False
             steering = Steering.of(program, slot, Knobs.of(program), sequence.n_prompt)
             self._steerings[sequence.request.id] = steering
+        self._live[sequence.request.id].admitted = time.monotonic()
         return True
 
     def _compute(self, batch: Batch) -> Iterable[Outcome]:
@@ -248,27 +252,47 @@ class Engine:
         self._counts["prompt_tokens"] += outcome.batch.n_prompt_tokens
         self._distinct = len({steering.program.shape for steering in self._steerings.values()})
         self._scheduler.commit(outcome.batch, tokens)
+        for request_id, error in outcome.failed.items():
+            if request_id in self._live:
+                self._finish(self._live[request_id].finished("error", error=_failed(error)))
+        for request_id, reports in outcome.judged.items():
+            if request_id in self._live:
+                self._live[request_id].judged += reports
         for request_id in tokens:
             live = self._live[request_id]
             trace = traces.get(request_id, ()) if live.request.trace else None
-            delta, finished = live.push(outcome.drawn[request_id], trace)
-            if not self._hand_over(live, delta):
-                finished = live.finished("abort")
-            if finished is not None:
-                self._finish(finished)
+            self._push(live, outcome.drawn[request_id], trace)
+        for segment in outcome.batch.segments:
+            request_id = segment.sequence.request.id
+            if segment.ends_unsampled and request_id in self._live:
+                self._finish(self._live[request_id].finished("length"))
+
+    def _push(self, live: Live, drawn: Drawn, trace: tuple[LayerReading, ...] | None) -> None:
+        """Deliver what one drawn token turns into. What fails in it is its request's own affair."""
+        try:
+            delta, finished = live.push(drawn, trace)
+        except Exception as error:
+            self._finish(live.finished("error", error=_failed(error)))
+            return
+        if not self._hand_over(live, delta):
+            finished = live.finished("abort")
+        if finished is not None:
+            self._finish(finished)
 
     def _account(self, outcome: Outcome) -> dict[str, tuple[LayerReading, ...]]:
         """Add a step's measurements to its requests and end those whose state is not finite. Returns the traces."""
         lost, traces = set(outcome.lost), {}
         ends = {s.sequence.request.id: s.end for s in outcome.batch.segments if s.samples and not s.is_shadow}
         if outcome.frame is not None and outcome.reading is not None:
+            self._ask_gates(outcome.frame, outcome.reading)
             for steered in outcome.frame.steered:
                 name = steered.request_id
                 live = self._live[name]
-                if live.tally is None or not live.tally.add(steered, outcome.reading):
+                acted = admitted(steered, outcome.frame.spots, outcome.reading.gates)
+                if live.tally is None or not live.tally.add(acted, outcome.reading):
                     lost.add(name)
                 elif live.request.trace and name in ends:
-                    traces[name] = live.tally.trace(steered, outcome.reading, ends[name])
+                    traces[name] = live.tally.trace(acted, outcome.reading, ends[name])
         for name in lost:
             self._counts["nonfinite"] += 1
             live = self._live[name]
@@ -277,6 +301,15 @@ class Engine:
             if name not in lost and (tally := self._live[name].tally) is not None:
                 tally.add_kl(divergence.kl, divergence.is_limited)
         return traces
+
+    def _ask_gates(self, frame: Frame, reading: Reading) -> None:
+        """Record what the gates of a step measured; those of a prompt's last token decide what follows."""
+        for spot, z_K in zip(frame.spots, reading.gates, strict=True):
+            tally = self._live[spot.request_id].tally
+            if tally is not None:
+                tally.add_gate(spot, z_K)
+            if spot.gate.when.on == "prompt":
+                self._steerings[spot.request_id].decide(spot.term, spot.gate.is_open(float(z_K[-1])))
 
     def _finish(self, finished: Finished) -> None:
         """Take a request out of the engine, free what it held, deliver its end."""

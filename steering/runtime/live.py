@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,7 +30,11 @@ class Live:
     tally: Tally | None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    judged: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens from the second on, as far as it was read."""
     traces: list[tuple[LayerReading, ...]] = field(default_factory=list)
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
 
     @classmethod
     def of(cls, sequence: Sequence, deliver: Deliver, decode: Decode, eos: frozenset[int]) -> Live:
@@ -71,10 +76,13 @@ class Live:
                 piece, stop_reason = self.stops.push(piece)
             if stop_reason is not None:
                 reason = "stop"
+            elif self.draw.is_complete:
+                reason, piece = "stop", piece + self.stops.flush()
             elif self.draw.step >= sampling.max_tokens:
                 reason, piece = "length", piece + self.stops.flush()
         self.text.append(piece)
-        delta = Delta(self.request.id, token, piece, drawn.logprob, trace)
+        judged = self.prompt_logprobs() if self.draw.step == 1 else None
+        delta = Delta(self.request.id, token, piece, drawn.logprob, trace, judged)
         return delta, None if reason is None else self.finished(reason, stop_reason=stop_reason)
 
     def finished(
@@ -93,7 +101,15 @@ class Live:
             stop_reason,
             tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
             tuple(self.traces) if self.request.trace else None,
+            prompt_logprobs=self.prompt_logprobs(),
+            queued_seconds=None if self.admitted is None else self.admitted - self.submitted,
         )
+
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """One entry per prompt token, the first None; None if not asked for or not read to the end."""
+        if self.request.sampling.prompt_logprobs is None or len(self.judged) < self.sequence.n_prompt - 1:
+            return None
+        return (None, *self.judged)
 
     def receipt(self) -> Receipt | None:
         """What was measured so far; None for a request without steering."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from steering.condition import When
 from steering.program import Program, Term
 from steering.runtime.request import LayerReading
 from steering.runtime.runner import Reading, write_sites
-from steering.runtime.scope import Steered
+from steering.runtime.scope import Spot, Steered
 from steering.types import Route
 
 
@@ -53,13 +54,30 @@ class Tracking:
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """How often the condition of one intervention was asked and met, and the mean of what it measured, in its units."""
+
+    intervention: int
+    when: When
+    asked: int
+    met: int
+    mean: float
+
+    def to_json(self) -> dict[str, object]:
+        """As in the response."""
+        when = {name: value for name, value in asdict(self.when).items() if value is not None}
+        measured = {"asked": self.asked, "met": self.met, "mean": _number(self.mean)}
+        return {"intervention": self.intervention, **when, **measured}
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """The measured account of a steered request.
 
     effort: `mean` and `max` of ‖u_l‖/‖x_l‖ over layers and tokens, `sum_…` of its sum over the layers of a token (what
     `Guard.max_effort` bounds), `saturated_tokens`. Where several routes write one site, as in S-PID, it is the sum of
     their parts' efforts, each relative to the state it reads: an upper bound. kl, with `Guard.max_kl`: `mean` and `max`
-    divergence from the unsteered twin in nats, and `limited_tokens`.
+    divergence from the unsteered twin in nats, and `limited_tokens`. conditions: one entry for each conditioned term.
     """
 
     fingerprint: str
@@ -67,6 +85,7 @@ class Receipt:
     tracking: Mapping[str, Tracking]
     effort: Mapping[str, float]
     kl: Mapping[str, float] | None = None
+    conditions: tuple[Condition, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """As in the response; numbers that are not finite become null, which JSON can carry."""
@@ -78,6 +97,8 @@ class Receipt:
         }
         if self.kl is not None:
             body["kl"] = {name: _number(value) for name, value in self.kl.items()}
+        if self.conditions:
+            body["conditions"] = [condition.to_json() for condition in self.conditions]
         return body
 
 
@@ -111,6 +132,7 @@ class Tally:
     saturated: int = 0
     kls: list[float] = field(default_factory=list)
     kl_limited: int = 0
+    _asked: dict[int, tuple[int, int, float]] = field(default_factory=dict)
     _sum_G: np.ndarray = field(init=False)
     _count_G: np.ndarray = field(init=False)
     _channel_G: np.ndarray = field(init=False)
@@ -128,6 +150,8 @@ class Tally:
     def add(self, steered: Steered, reading: Reading) -> bool:
         """Add one segment's measurements. False if the control was not finite: nothing is added then."""
         totals = [reading.total_T[token] for token in steered.tokens_K]
+        if not totals:  # every gate was closed
+            return True
         top = max(totals)
         if not math.isfinite(top):
             return False
@@ -154,6 +178,21 @@ class Tally:
         """Add one token's divergence from the unsteered twin."""
         self.kls.append(kl)
         self.kl_limited += is_limited
+
+    def add_gate(self, spot: Spot, measured_K: np.ndarray) -> None:
+        """Add what a gate measured in one step."""
+        asked, met, total = self._asked.get(spot.term, (0, 0, 0.0))
+        met += sum(spot.gate.is_open(float(z)) for z in measured_K)
+        self._asked[spot.term] = (asked + len(measured_K), met, total + float(measured_K.sum()))
+
+    def _conditions(self) -> tuple[Condition, ...]:
+        found = []
+        for n, term in enumerate(self.program.terms):
+            if term.gate is not None:
+                asked, met, total = self._asked.get(n, (0, 0, 0.0))
+                mean = term.gate.in_units(total / asked) if asked else math.nan
+                found.append(Condition(n, term.gate.when, asked, met, mean))
+        return tuple(found)
 
     def trace(self, steered: Steered, reading: Reading, token: int) -> tuple[LayerReading, ...]:
         """The readings at one token (a row of the packed batch) of a segment that was added; empty if not steered."""
@@ -205,7 +244,7 @@ class Tally:
                 "max": max(self.kls, default=0.0),
                 "limited_tokens": self.kl_limited,
             }
-        return Receipt(self.program.fingerprint, self.tokens, tracking, effort, kl)
+        return Receipt(self.program.fingerprint, self.tokens, tracking, effort, kl, self._conditions())
 
 
 def _gauges(program: Program) -> list[_Gauge]:

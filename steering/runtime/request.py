@@ -16,6 +16,7 @@ from steering.errors import SpecError, SteeringError
 from steering.program import Program
 
 if TYPE_CHECKING:
+    from steering.runtime.grammar import Grammar
     from steering.runtime.receipt import Receipt
 
 MAX_STOPS = 4
@@ -48,8 +49,10 @@ def _check_real(name: str, value: object, low: float, high: float) -> None:
 class Sampling:
     """How tokens are drawn; fields as in OpenAI's API and vLLM's additions to it.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary. seed None draws one. logprobs None reports
-    none, n reports the chosen token's and the n likeliest. Raises SpecError that names the field.
+    max_tokens 0 reads the prompt and draws nothing. temperature 0 is greedy. top_k 0 and top_p 1 keep the whole
+    vocabulary. seed None draws one. logprobs None reports none, n reports the chosen token's and the n likeliest;
+    prompt_logprobs does so for the prompt's tokens. grammar: what the completion's text must be. Raises SpecError that
+    names the field.
     """
 
     max_tokens: int = 16
@@ -67,9 +70,11 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1)
+        _check_int("max_tokens", self.max_tokens, 0)
         _check_real("temperature", self.temperature, 0, 2)
         _check_real("top_p", self.top_p, 0, 1)
         if self.top_p == 0:
@@ -95,6 +100,10 @@ class Sampling:
             raise SpecError("min_tokens", expected=f"at most max_tokens = {self.max_tokens}", got=self.min_tokens)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.grammar is not None and self.ignore_eos:
+            raise SpecError("ignore_eos", expected="false where a grammar says where the text ends", got=True)
 
     @property
     def is_greedy(self) -> bool:
@@ -121,12 +130,13 @@ class Request:
 class TokenLogprob:
     """Log-probability of a token in the model's (steered) distribution before temperature and penalties.
 
-    `top` holds the likeliest tokens in order, as many as were asked for.
+    `top` holds the likeliest tokens in order, as many as were asked for. `rank` is 1 + the number of likelier tokens.
     """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +160,27 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One generated token. `text` is what may leave now: possibly empty, while a character or a stop string is open."""
+    """One generated token. `text` is what may leave now: possibly empty, while a character or a stop string is open.
+
+    The first one carries `prompt_logprobs`, as `Finished` does.
+    """
 
     request_id: str
     token: int
     text: str
     logprob: TokenLogprob | None = None
     trace: tuple[LayerReading, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The end of a request. `text` is the joined text of its deltas.
 
-    `stop_reason` is the stop string or stop token id that ended it, None for the model's own end of sequence.
+    `stop_reason` is the stop string or stop token id that ended it, None for the model's own end of sequence and for
+    the end of a grammar. `prompt_logprobs` has one entry per prompt token, the first None as nothing precedes it; None
+    if it was not asked for or the prompt was not read to its end. `queued_seconds` is how long it waited to be admitted
+    to its first step, None if it never was.
     """
 
     request_id: str
@@ -176,6 +193,8 @@ class Finished:
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: tuple[tuple[LayerReading, ...], ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    queued_seconds: float | None = None
 
 
 Event = Delta | Finished

@@ -22,6 +22,7 @@ from kernels import feedback_
 from steering.plant.plant import Plant
 from steering.runtime.attention import Placement, RowAttention
 from steering.runtime.bank import Bank
+from steering.runtime.gates import GateTensors
 from steering.runtime.scheduler import Batch, Segment
 from steering.runtime.scope import Frame
 from steering.types import Route, Site
@@ -33,6 +34,7 @@ class Reading:
 
     routes, sites: the P routes and W write sites; measured_TPR the projections c·x; effort_WT = ‖u‖/‖x‖ by write site;
     saturated_T nonzero where a limit, cap or budget bit. total_T, top_T: sum and maximum of the efforts of each token.
+    gates: what each of the frame's spots measured, c·x at its tokens.
     """
 
     routes: tuple[Route, ...]
@@ -42,13 +44,19 @@ class Reading:
     saturated_T: np.ndarray
     total_T: list[float]
     top_T: list[float]
+    gates: tuple[np.ndarray, ...] = ()
 
 
 class Output(NamedTuple):
-    """Logits of the segments that draw a token, in their order, and the step's measurements if it was steered."""
+    """Logits of the segments that draw a token, in their order, and the step's measurements if it was steered.
+
+    judged_JV: the logits of the `judged` segments' positions, one after another; no rows if nobody asked.
+    """
 
     sampled: tuple[Segment, ...]
     logits_BV: Tensor
+    judged: tuple[Segment, ...]
+    judged_JV: Tensor
     reading: Reading | None
 
 
@@ -67,6 +75,7 @@ class _Launches:
     sites: tuple[Site, ...]
     writes: dict[Site, list[tuple[int, int, Route]]]
     reads: frozenset[Site]
+    gates: GateTensors | None = None
 
 
 class Runner:
@@ -88,12 +97,14 @@ class Runner:
     def __call__(self, batch: Batch, frame: Frame | None) -> Output:
         """Run a step. Keys and values of its tokens are in the cache afterwards; running it twice changes nothing."""
         sampled = tuple(segment for segment in batch.segments if segment.samples)
+        judged = tuple(segment for segment in batch.segments if segment.judged)
         keep = [segment.end for segment in sampled]
+        keep += [s.offset + position - s.start for s in judged for position in s.judged]
         ids_3T = torch.from_numpy(self._layout(batch)).to(self._device, non_blocking=True)
         self._attention.place = Placement.of(batch, ids_3T[2], self._device)
         self._launches = None if frame is None else self._renew(frame, batch.n_tokens)
         try:
-            logits_BV = self._shell(
+            logits_KV = self._shell(
                 input_ids=ids_3T[:1],
                 position_ids=ids_3T[1:2],
                 use_cache=False,
@@ -103,7 +114,7 @@ class Runner:
         finally:
             self._launches = None
             self._states.clear()
-        return Output(sampled, logits_BV, reading)
+        return Output(sampled, logits_KV[: len(sampled)], judged, logits_KV[len(sampled) :], reading)
 
     def _layout(self, batch: Batch) -> np.ndarray:
         """int64 (3, T): token ids, positions, and places in the cache."""
@@ -125,6 +136,8 @@ class Runner:
         else:
             self._prepared[1].outputs.zero_()
             self._prepared[1].spent_T.zero_()
+            if (gates := self._prepared[1].gates) is not None:
+                gates.shut_TPR.zero_()
         return self._prepared[1]
 
     def _prepare(self, frame: Frame, n_tokens: int) -> _Launches:
@@ -139,11 +152,14 @@ class Runner:
         for p, route in enumerate(frame.routes):
             writes.setdefault(route.write, []).append((p, index[route.write], route))
         reads = frozenset(route.read for route in frame.routes if route.read != route.write)
-        for site in reads | writes.keys():
+        for site in reads | writes.keys() | {spot.gate.site for spot in frame.spots}:
             self._tap(site)
+        knobs_TP3R = torch.from_numpy(frame.knobs_TP3R).to(self._device, non_blocking=True)
+        if frame.spots and knobs_TP3R.device.type == "cpu":
+            knobs_TP3R = knobs_TP3R.clone()  # gates change it, and the frame may come again
         return _Launches(
             torch.from_numpy(frame.slot_PT).to(self._device, non_blocking=True),
-            torch.from_numpy(frame.knobs_TP3R).to(self._device, non_blocking=True),
+            knobs_TP3R,
             torch.from_numpy(frame.budget_T).to(self._device, non_blocking=True),
             torch.zeros(n_tokens, device=self._device),
             measured.view(n_tokens, n_routes, rank),
@@ -153,6 +169,7 @@ class Runner:
             sites,
             writes,
             reads,
+            GateTensors.of(frame, knobs_TP3R[:, :, 1], self._device) if frame.spots else None,
         )
 
     def _collect(self, frame: Frame) -> Reading:
@@ -164,6 +181,10 @@ class Runner:
             (launches.measured_TPR.numel(), launches.effort_WT.numel(), launches.saturated_T.numel())
         )
         effort_WT = effort.view(launches.effort_WT.shape).numpy()
+        gates: tuple[np.ndarray, ...] = ()
+        if launches.gates is not None:
+            measured_G = launches.gates.measured_G.cpu().numpy().copy()
+            gates = tuple(measured_G[rows] for rows in launches.gates.order)
         return Reading(
             frame.routes,
             launches.sites,
@@ -172,6 +193,7 @@ class Runner:
             saturated.view(torch.int32).numpy(),
             effort_WT.sum(axis=0).tolist(),
             effort_WT.max(axis=0).tolist(),
+            gates,
         )
 
     def _tap(self, site: Site) -> None:
@@ -186,6 +208,8 @@ class Runner:
             work = self._launches
             if work is None:
                 return None
+            if work.gates is not None and site in work.gates.rows:
+                work.gates.measure(site, state[0], work.knobs_TP3R[:, :, 1])
             launches = work.writes.get(site, ())
             # The attention's input may be the residual itself (OLMo-2), which must not change with it.
             changed = state.clone() if launches and site.tap == "attn_in" else state

@@ -1,10 +1,11 @@
 """From logits to tokens, a whole batch at once, each row by its own rules.
 
-Order: minimum length and logit bias, penalties, temperature, min-p, top-k, top-p, draw. With ℓ the model's (steered)
-logits, c the counts of a token in the completion and T the temperature:
+Order: minimum length and logit bias, penalties, grammar, temperature, min-p, top-k, top-p, draw. With ℓ the model's
+(steered) logits, c the counts of a token in the completion and T the temperature:
 
     repetition ρ    ℓ → ℓ/ρ where ℓ > 0, else ℓρ, for tokens of prompt or completion (arXiv 1909.05858, Sec. 4.1)
     frequency, presence   ℓ → ℓ − α_f c − α_p [c > 0]                                (OpenAI's API reference)
+    grammar         ℓ → −∞ for tokens that cannot continue the text as the grammar has it
     min-p           keep p_i ≥ m · max p                                             (arXiv 2407.01082)
     top-k, top-p    keep the k likeliest; of those the fewest whose mass reaches p   (arXiv 1904.09751)
     draw            the first i with cdf_i > u, u the uniform number of (seed, step)
@@ -19,13 +20,14 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steering.runtime.grammar import Matcher
 from steering.runtime.request import Sampling, TokenLogprob
 
 _BLOCK = 64
@@ -50,7 +52,8 @@ class Uniforms:
 class Draw:
     """One sequence's side of sampling: its rules, its uniform numbers, and what it has seen.
 
-    `barred` are the ids that may not be drawn before `min_tokens`.
+    `barred` are the ids that may not be drawn before `min_tokens`. The matcher is made with the first mask: a request
+    that waits holds none, and one whose grammar fails does so where a step's failures are caught.
     """
 
     sampling: Sampling
@@ -59,6 +62,7 @@ class Draw:
     uniforms: Uniforms
     counts: Counter[int] = field(default_factory=Counter)
     step: int = 0
+    matcher: Matcher | None = None
 
     @classmethod
     def of(cls, sampling: Sampling, prompt: Sequence[int], eos: frozenset[int]) -> Draw:
@@ -71,13 +75,41 @@ class Draw:
         """Note a drawn token."""
         self.counts[token] += 1
         self.step += 1
+        if self.matcher is not None:
+            self.matcher.accept(token)
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits change before the temperature."""
+        """Whether logits change by rules of the request's own before the temperature."""
         s = self.sampling
         penalised = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1
-        return bool(penalised or s.logit_bias or self.step < s.min_tokens)
+        return bool(penalised or s.logit_bias or self.bars)
+
+    @property
+    def bars(self) -> bool:
+        """Whether `barred` is to be kept out of the logits; with a grammar its mask sees to that."""
+        return self.step < self.sampling.min_tokens and self.sampling.grammar is None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the grammar lets nothing follow but the end."""
+        return self.matcher is not None and self.matcher.is_complete
+
+    def mask(self) -> np.ndarray | None:
+        """uint8, packed: the tokens that the grammar allows now; None without one. Raises what its matcher raises.
+
+        Before `min_tokens` those of `barred` are left out, unless the grammar has no other way to go on.
+        """
+        if self.sampling.grammar is None:
+            return None
+        if self.matcher is None:
+            self.matcher = self.sampling.grammar.matcher()
+        packed = self.matcher.mask()
+        if self.step >= self.sampling.min_tokens:
+            return packed
+        bits = np.unpackbits(packed, bitorder="little")
+        bits[list(self.barred)] = 0
+        return np.packbits(bits, bitorder="little") if bits.any() else packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +120,19 @@ class Drawn:
     logprob: TokenLogprob | None
 
 
-def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """Draw one token for each row of finite logits. Does not advance the draws."""
-    logits_BV = logits_BV.to(torch.float32)
-    asked = [i for i, draw in enumerate(draws) if draw.sampling.logprobs is not None]
-    reported = dict(zip(asked, logits_BV[asked].log_softmax(-1), strict=True)) if asked else {}
+def sample(logits_BV: Tensor, draws: Sequence[Draw], masks: Mapping[int, np.ndarray] | None = None) -> list[Drawn]:
+    """Draw one token for each row of finite logits. Does not advance the draws.
+
+    masks: the packed masks of the rows that have a grammar.
+    """
+    raw_BV = logits_BV = logits_BV.to(torch.float32)
     if any(draw.adjusts for draw in draws):
         logits_BV = logits_BV.clone()
         for row_V, draw in zip(logits_BV, draws, strict=True):
             if draw.adjusts:
                 adjust_(row_V, draw)
+    if masks:
+        logits_BV = forbid(logits_BV, masks)
     tokens = logits_BV.argmax(-1)
     chance = [i for i, draw in enumerate(draws) if not draw.sampling.is_greedy]
     if chance:
@@ -106,16 +141,16 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         kept_BV = restrict(rows, [draws[i].sampling for i in chance])
         tokens[chance] = invert_cdf(kept_BV, uniform_B.to(rows.device))
     chosen = tokens.tolist()
-    return [
-        Drawn(token, _report(reported[i], token, draw.sampling.logprobs or 0) if i in reported else None)
-        for i, (token, draw) in enumerate(zip(chosen, draws, strict=True))
-    ]
+    asked = {i: draw.sampling.logprobs for i, draw in enumerate(draws) if draw.sampling.logprobs is not None}
+    reports = report(raw_BV[list(asked)], [chosen[i] for i in asked], list(asked.values())) if asked else []
+    reported = dict(zip(asked, reports, strict=True))
+    return [Drawn(token, reported.get(i)) for i, token in enumerate(chosen)]
 
 
 def adjust_(logits_V: Tensor, draw: Draw) -> None:
     """Minimum length, bias and penalties of one row, in place."""
     s, device = draw.sampling, logits_V.device
-    if draw.step < s.min_tokens:
+    if draw.bars:
         logits_V[list(draw.barred)] = -torch.inf
     if s.logit_bias:
         tokens = torch.tensor(list(s.logit_bias), device=device)
@@ -128,6 +163,16 @@ def adjust_(logits_V: Tensor, draw: Draw) -> None:
         tokens = torch.tensor(list(draw.counts), device=device)
         counts = torch.tensor(list(draw.counts.values()), device=device)
         logits_V[tokens] -= s.frequency_penalty * counts + s.presence_penalty
+
+
+def forbid(logits_BV: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
+    """−inf in the rows of `masks` for every token whose bit is 0; the other rows as they are."""
+    rows, device = list(masks), logits_BV.device
+    packed_GN = torch.from_numpy(np.stack(list(masks.values()))).to(device)
+    bits_GV = (packed_GN[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1).flatten(1)
+    logits_BV = logits_BV.clone()
+    logits_BV[rows] = logits_BV[rows].masked_fill(bits_GV[:, : logits_BV.shape[1]] == 0, -torch.inf)
+    return logits_BV
 
 
 def restrict(logits_BV: Tensor, rules: Sequence[Sampling]) -> Tensor:
@@ -166,7 +211,14 @@ def invert_cdf(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
 
 
-def _report(logprob_V: Tensor, token: int, n_top: int) -> TokenLogprob:
-    top = logprob_V.topk(n_top) if n_top else None
-    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-    return TokenLogprob(token, float(logprob_V[token]), pairs)
+def report(logits_BV: Tensor, tokens: Sequence[int], n_top: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability and rank of one token a row, and as many of the likeliest tokens as the row asks for."""
+    logprob_BV = logits_BV.to(torch.float32).log_softmax(-1)
+    own_B1 = logprob_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])
+    rank_B = (logprob_BV > own_B1).sum(-1) + 1
+    top = logprob_BV.topk(min(max(n_top), logits_BV.shape[1]))
+    columns = (tokens, own_B1[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), rank_B.tolist(), n_top)
+    return [
+        TokenLogprob(token, own, tuple(zip(ids[:n], values[:n], strict=True)), rank)
+        for token, own, ids, values, rank, n in zip(*columns, strict=True)
+    ]

@@ -61,7 +61,19 @@ class Segment(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether the last token's logits give the next token."""
-        return self.start + self.length == len(self.sequence.tokens)
+        return self.start + self.length == len(self.sequence.tokens) and self.sequence.request.sampling.max_tokens > 0
+
+    @property
+    def ends_unsampled(self) -> bool:
+        """Whether it is the end of a prompt after which nothing is drawn."""
+        return self.start + self.length == self.sequence.n_prompt and self.sequence.request.sampling.max_tokens == 0
+
+    @property
+    def judged(self) -> range:
+        """Positions whose logits tell how likely the prompt's next token was, if that was asked for."""
+        if self.is_shadow or self.sequence.request.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(self.start, min(self.start + self.length, self.sequence.n_prompt - 1))
 
     @property
     def end(self) -> int:

@@ -4,19 +4,23 @@ A scope is a mask over a program's channels that depends on the token: its posit
 whole prompt whatever the chunks, or its decode step. A channel out of scope gets strength 0, a token without any
 channel gets slot 0, and a program that does nothing has slot 0 throughout: kernels know nothing of scope.
 
+A conditioned term has a gate (`steering.condition`). One that is asked at every token is decided on the device, within
+the step; one that is asked at the prompt's last token is decided there for this token, and here from the next step on.
+
 Legend: T tokens of the packed batch · P routes of the step · R channels of the bank · N terms of a program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from steering.condition import Gate
 from steering.program import Program
-from steering.runtime.scheduler import Batch
+from steering.runtime.scheduler import Batch, Segment
 from steering.types import Route
 
 if TYPE_CHECKING:
@@ -31,6 +35,16 @@ class Steered(NamedTuple):
     active_KR: np.ndarray
 
 
+class Spot(NamedTuple):
+    """A gate that is measured in a step: at which tokens (rows of the packed batch), and the channels it rules."""
+
+    request_id: str
+    term: int
+    gate: Gate
+    tokens_K: np.ndarray
+    channels_R: np.ndarray
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
     """The steering of one step.
@@ -40,6 +54,7 @@ class Frame:
     knobs_TP3R        float32 setpoint, strength, cap
     budget_T          float32 allowed sum of efforts
     steered           one entry per steered segment
+    spots             the gates measured in this step
     """
 
     routes: tuple[Route, ...]
@@ -47,6 +62,7 @@ class Frame:
     knobs_TP3R: np.ndarray
     budget_T: np.ndarray
     steered: tuple[Steered, ...]
+    spots: tuple[Spot, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -60,18 +76,19 @@ class Steering:
     slot: int
     knobs: Knobs
     prompt_IR: np.ndarray
-    always_R: np.ndarray | None
+    always_R: np.ndarray | None = None
+    _is_open: dict[int, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, slot: int, knobs: Knobs, n_prompt: int) -> Steering:
         """The steering of a sequence whose prompt has `n_prompt` tokens."""
-        terms = knobs.terms_NR
         masks_NI = np.stack([term.scope.prompt_mask(n_prompt) for term in program.terms])
-        prompt = masks_NI.T.astype(np.uint8) @ terms.astype(np.uint8) > 0
-        steady = all(isinstance(term.scope.generation, str) for term in program.terms)
-        steering = cls(program, slot, knobs, prompt, None)
-        if steady:
-            steering.always_R = steering._at_step(0)
+        for mask_I, term in zip(masks_NI, program.terms, strict=True):
+            if term.gate is not None and term.gate.when.on == "prompt":
+                mask_I[:-1] = False  # not decided before the last token
+        prompt = masks_NI.T.astype(np.uint8) @ knobs.terms_NR.astype(np.uint8) > 0
+        steering = cls(program, slot, knobs, prompt)
+        steering._settle()
         return steering
 
     def active(self, start: int, length: int) -> np.ndarray:
@@ -82,10 +99,40 @@ class Steering:
         decode = [self._at_step(position - n_prompt) for position in range(max(start, n_prompt), start + length)]
         return np.concatenate([self.prompt_IR[start:n_prompt], np.stack(decode)])
 
+    def spots(self, segment: Segment, active_LR: np.ndarray) -> list[Spot]:
+        """The gates that are measured in a segment whose channels in scope are `active_LR`."""
+        found = []
+        last = len(self.prompt_IR) - 1 - segment.start
+        for n, term in enumerate(self.program.terms):
+            if term.gate is None:
+                continue
+            if term.gate.when.on == "token":
+                tokens = np.flatnonzero(active_LR[:, self.knobs.terms_NR[n]].any(axis=1))
+            else:
+                tokens = np.array([last] if 0 <= last < segment.length else [], dtype=np.int64)
+            if len(tokens):
+                name = segment.sequence.request.id
+                found.append(Spot(name, n, term.gate, tokens + segment.offset, self.knobs.terms_NR[n]))
+        return found
+
+    def decide(self, term: int, is_open: bool) -> None:
+        """Take the answer of a gate that was asked at the prompt's last token."""
+        self._is_open[term] = is_open
+        self._settle()
+
+    def _settle(self) -> None:
+        self.always_R = None
+        if all(isinstance(term.scope.generation, str) for term in self.program.terms):
+            self.always_R = self._at_step(0)
+
     def _at_step(self, step: int) -> np.ndarray:
         if self.always_R is not None:
             return self.always_R
-        steers = [term.scope.steers_step(step) for term in self.program.terms]
+        steers = [
+            term.scope.steers_step(step)
+            and (term.gate is None or term.gate.when.on == "token" or self._is_open.get(n, False))
+            for n, term in enumerate(self.program.terms)
+        ]
         return np.asarray(self.knobs.terms_NR[steers].any(axis=0))
 
 
@@ -131,19 +178,19 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
             continue
         active_LR = steering.active(segment.start, segment.length)
         tokens_K = np.flatnonzero(active_LR.any(axis=1))
-        if len(tokens_K):
-            found.append(
-                (steering, Steered(segment.sequence.request.id, tokens_K + segment.offset, active_LR[tokens_K]))
-            )
+        spots = steering.spots(segment, active_LR)
+        if len(tokens_K) or spots:
+            steered = Steered(segment.sequence.request.id, tokens_K + segment.offset, active_LR[tokens_K])
+            found.append((steering, steered, spots))
     if not found:
         return None
 
-    routes = tuple(sorted({route for steering, _ in found for route in steering.knobs.routes}, key=launch_order))
+    routes = tuple(sorted({route for steering, *_ in found for route in steering.knobs.routes}, key=launch_order))
     index = {route: p for p, route in enumerate(routes)}
     slot_PT = np.zeros((len(routes), batch.n_tokens), dtype=np.int32)
     knobs_TP3R = np.zeros((batch.n_tokens, len(routes), 3, rank), dtype=np.float32)
     budget_T = np.full(batch.n_tokens, np.inf, dtype=np.float32)
-    for steering, steered in found:
+    for steering, steered, spots in found:
         tokens, columns = steered.tokens_K, np.array([index[route] for route in steering.knobs.routes])
         rows, own = tokens[:, None], slice(steering.knobs.terms_NR.shape[1])
         slot_PT[columns[:, None], tokens] = steering.slot
@@ -152,7 +199,25 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
         # Selected, not multiplied: an infinite strength out of scope is 0, not NaN.
         knobs_TP3R[rows, columns, 1, own] = np.where(steered.active_KR[:, None, :], values_P3R[None, :, 1, :], 0)
         budget_T[tokens] = steering.knobs.budget
-    return Frame(routes, slot_PT, knobs_TP3R, budget_T, tuple(steered for _, steered in found))
+        for spot in spots:
+            is_past_P = np.array([not spot.gate.decides(route) for route in routes])
+            held = np.ix_(spot.tokens_K, np.flatnonzero(is_past_P), np.flatnonzero(spot.channels_R))
+            knobs_TP3R[:, :, 1][held] = 0
+    every = tuple(spot for _, _, spots in found for spot in spots)
+    return Frame(routes, slot_PT, knobs_TP3R, budget_T, tuple(steered for _, steered, _ in found), every)
+
+
+def admitted(steered: Steered, spots: Sequence[Spot], measured: Sequence[np.ndarray]) -> Steered:
+    """`steered` without what closed gates kept from acting; `measured[i]` are the projections of `spots[i]`."""
+    active_KR = steered.active_KR
+    for spot, z_K in zip(spots, measured, strict=True):
+        closed = [token for token, z in zip(spot.tokens_K, z_K, strict=True) if not spot.gate.is_open(float(z))]
+        if spot.request_id == steered.request_id and closed:
+            active_KR = active_KR & ~(np.isin(steered.tokens_K, closed)[:, None] & spot.channels_R)
+    if active_KR is steered.active_KR:
+        return steered
+    kept = active_KR.any(axis=1)
+    return Steered(steered.request_id, steered.tokens_K[kept], active_KR[kept])
 
 
 def launch_order(route: Route) -> tuple[str, int, bool, str, int]:

@@ -323,3 +323,30 @@ def test_chats_need_a_template() -> None:
     chat = [[{"role": "user", "content": "yes"}]] * 2
     with pytest.raises(PlantError, match="chat template"):
         fit_concept(plant, "tone", chat, ["a", "b"])  # type: ignore[arg-type]
+
+
+def test_a_fit_pauses_in_every_stage_and_what_the_pause_raises_ends_it(plant: Plant) -> None:
+    stages: list[str] = ["reading"]
+    paused: dict[str, int] = {}
+
+    def pause() -> None:
+        paused[stages[-1]] = paused.get(stages[-1], 0) + 1
+        if len(paused) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_concept(
+            plant, "tone", POSITIVE, NEGATIVE, FitSettings(jacobian_prompts=4), lambda s, _: stages.append(s), pause
+        )
+    # What is told is the last stage that was reported: its first pieces still run under the name of the one before.
+    assert list(paused) == ["reading", "states (positive)", "states (negative)", "prefixes", "gains (dense)"]
+    assert paused["reading"] > len(POSITIVE) + len(NEGATIVE)
+
+
+def test_a_row_that_the_model_cannot_take_is_named() -> None:
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    chat = [{"role": "user", "content": "the cat"}]
+    with pytest.raises(PlantError) as error:
+        fit_concept(Plant(tiny("llama"), bare), "tone", [*POSITIVE[:2], chat], NEGATIVE)
+    assert error.value.param == "positive[2]"

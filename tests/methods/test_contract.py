@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ REQUIRED: dict[str, Any] = {"concept": "tone", "setpoint": 1.25}
 
 
 def make(cls: type, **changes: Any) -> Any:
-    needed = {f.name: REQUIRED[f.name] for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    needed = {name: value for name, value in REQUIRED.items() if has(cls, name)}
     return cls(**{**needed, **changes})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,3 +103,23 @@ def test_capture_leaves_no_hook_on_the_model_even_when_stopped(plant: Plant) -> 
 def test_refusals(plant: Plant, batch: list[list[int]], positions: object, message: str) -> None:
     with pytest.raises(PlantError, match=message):
         capture(plant, batch, [SITE], positions)  # type: ignore[arg-type]
+
+
+def test_batches_are_bounded_by_their_tokens(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound changes what runs together, not what is found; a prompt longer than it runs alone."""
+    whole = capture_means(plant, PROMPTS, [SITE], skip=0)[SITE]
+    calls: list[int] = []
+    longest = max(map(len, PROMPTS))
+    monkeypatch.setattr("steering.plant.capture.BATCH_TOKENS", longest - 1)
+    found = capture_means(plant, PROMPTS, [SITE], skip=0, progress=lambda done, _: calls.append(done))[SITE]
+    torch.testing.assert_close(found, whole, **PLANT["float32"])
+    assert calls[-1] == len(PROMPTS)
+    assert len(calls) > 1
+    assert calls[-1] - calls[-2] == 1
+
+
+def test_a_pause_comes_after_every_layer_of_every_batch(plant: Plant) -> None:
+    pauses: list[None] = []
+    sites = state_sites(plant)
+    capture_means(plant, PROMPTS, sites, batch=3, skip=0, pause=lambda: pauses.append(None))
+    assert len(pauses) == len(sites) * math.ceil(len(PROMPTS) / 3)

@@ -170,3 +170,11 @@ def test_refusals(plant: Plant) -> None:
     for shape in [(WIDTH,), (2, WIDTH + 1)]:
         with pytest.raises(DimensionMismatch, match=r"shape \(K, 32\), got"):
             line.vjp(0, torch.zeros(shape))
+
+
+def test_a_pause_comes_after_every_prompt_and_every_chunk(plant: Plant) -> None:
+    pauses: list[None] = []
+    line = Linearisation(plant, PROMPTS, pause=lambda: pauses.append(None))
+    assert len(pauses) == len(PROMPTS)
+    line.jacobian(1, chunk=plant.width // 2)
+    assert len(pauses) == len(PROMPTS) * 3

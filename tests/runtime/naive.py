@@ -69,6 +69,22 @@ class Spot:
     def __init__(self, n_prompt: int) -> None:
         self.n_prompt, self.start = n_prompt, 0
         self.states: dict[Site, Tensor] = {}
+        self.asked: dict[int, Tensor] = {}
+        self.decided: dict[int, bool] = {}
+
+    def admitted(self, term: Term, route: Route, length: int) -> Tensor:
+        """Boolean (length,): which tokens of this pass the term's condition lets a law on `route` act on."""
+        if term.gate is None:
+            return torch.ones(length, dtype=torch.bool)
+        if term.gate.when.on == "token":
+            return self.asked[id(term)]
+        last = self.n_prompt - 1
+        return torch.tensor(
+            [
+                p >= last and self.decided.get(id(term), False) and (p > last or term.gate.decides(route))
+                for p in range(self.start, self.start + length)
+            ]
+        )
 
     def selected(self, scope: Scope, length: int) -> Tensor:
         """Boolean (length,): which tokens of this pass the scope selects."""
@@ -85,7 +101,22 @@ def hooks(program: Program, spot: Spot) -> list[tuple[Site, Hook]]:
     """What to install: a reader at sites that are read from afar, then the writers, a site's own law first."""
     routes = sorted({route for term in program.terms for route in term.laws}, key=lambda r: r.read != r.write)
     writers = [(route.write, writer(program, route, spot)) for route in routes]
-    return writers + [(site, reader(site, spot)) for site in {r.read for r in routes if r.read != r.write}]
+    gates = [(term.gate.site, asker(term, spot)) for term in program.terms if term.gate]
+    return gates + writers + [(site, reader(site, spot)) for site in {r.read for r in routes if r.read != r.write}]
+
+
+def asker(term: Term, spot: Spot) -> Callable[[Tensor], None]:
+    """Asks a term's gate about the state that its block receives."""
+
+    def ask(x: Tensor) -> None:
+        assert term.gate is not None
+        z_T = x[0] @ term.gate.probe
+        spot.asked[id(term)] = (z_T > term.gate.low) & (z_T < term.gate.high)
+        last = spot.n_prompt - 1 - spot.start
+        if 0 <= last < len(z_T):
+            spot.decided[id(term)] = bool(spot.asked[id(term)][last])
+
+    return ask
 
 
 def reader(site: Site, spot: Spot) -> Callable[[Tensor], None]:
@@ -101,7 +132,7 @@ def writer(program: Program, route: Route, spot: Spot) -> Callable[[Tensor], Ten
         out = y.clone()
         for term in program.terms:
             if route in term.laws:
-                chosen = spot.selected(term.scope, y.shape[1])
+                chosen = spot.selected(term.scope, y.shape[1]) & spot.admitted(term, route, y.shape[1])
                 moved = term.laws[route](torch.zeros_like(y[0]), x[0])
                 out[0, chosen] += moved[chosen]
         return out

@@ -13,7 +13,7 @@ from steering.runtime import Request, Sampling
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", True),
         ("max_tokens", 1.5),
         ("temperature", -0.1),
@@ -35,6 +35,8 @@ from steering.runtime import Request, Sampling
         ("logit_bias", {-1: 1.0}),
         ("min_tokens", 17),
         ("logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
     ],
 )
 def test_an_impossible_value_names_its_field(field: str, value: object) -> None:
@@ -44,8 +46,16 @@ def test_an_impossible_value_names_its_field(field: str, value: object) -> None:
 
 
 def test_the_ends_of_each_range_are_allowed() -> None:
-    Sampling(max_tokens=1, temperature=0, top_p=1, top_k=-1, min_p=1, seed=-(2**63), stop=tuple("abcd"), logprobs=20)
-    Sampling(temperature=2, presence_penalty=-2, frequency_penalty=2, logit_bias={0: -100}, min_tokens=16, logprobs=0)
+    Sampling(max_tokens=0, temperature=0, top_p=1, top_k=-1, min_p=1, seed=-(2**63), stop=tuple("abcd"), logprobs=20)
+    Sampling(
+        temperature=2,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        logit_bias={0: -100},
+        min_tokens=16,
+        logprobs=0,
+        prompt_logprobs=20,
+    )
     assert Sampling(temperature=0).is_greedy
     assert not Sampling(temperature=0.01).is_greedy
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.runtime.request import Sampling
-from steering.runtime.sampler import Draw, Uniforms, adjust_, invert_cdf, restrict, sample
+from steering.runtime.sampler import Draw, Uniforms, adjust_, forbid, invert_cdf, report, restrict, sample
 
 V = 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -119,3 +119,24 @@ def test_uniform_numbers_depend_on_seed_and_step_alone() -> None:
     assert Uniforms(-1)[0] != Uniforms(5)[0]
     assert Uniforms(None)[0] != Uniforms(None)[0]
     assert all(0 <= a[i] < 1 for i in range(100))
+
+
+def test_a_report_counts_the_likelier_tokens() -> None:
+    order = LOGITS[2].argsort(descending=True).tolist()
+    tokens = [order[0], order[4], order[-1]]
+    reports = report(LOGITS[2:3].expand(3, V), tokens, [0, 2, 20])
+    assert [(r.token, r.rank) for r in reports] == list(zip(tokens, (1, 5, V), strict=True))
+    assert [[t for t, _ in r.top] for r in reports] == [[], order[:2], order]
+    (tied,) = report(torch.zeros(1, V), [7], [0])
+    assert tied.rank == 1
+
+
+def test_a_mask_forbids_by_packed_bits_and_leaves_the_other_rows() -> None:
+    keep = np.array([1, 6, 11])
+    bits = np.zeros(16, dtype=np.uint8)
+    bits[[*keep, 13]] = 1  # beyond the vocabulary: of no effect
+    masked = forbid(LOGITS, {4: np.packbits(bits, bitorder="little")})
+    assert torch.isfinite(masked[4]).nonzero().flatten().tolist() == keep.tolist()
+    assert torch.equal(masked[4, keep], LOGITS[4, keep])
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(masked[others], LOGITS[others])

@@ -112,3 +112,36 @@ def test_a_batch_splits_into_its_requests() -> None:
 def test_scheduler_and_scope_name_no_torch() -> None:
     for module in (scheduler, scope):
         assert "import torch" not in Path(module.__file__ or "").read_text()
+
+
+def test_a_request_that_only_reads_never_samples_and_is_judged_once_at_each_position() -> None:
+    queue = Scheduler(2, 4)
+    read = Sequence(Request("r", tuple(range(10)), Sampling(max_tokens=0, prompt_logprobs=0)), n_rows=2)
+    queue.add(read)
+    judged: list[int] = []
+    ends = []
+    while (batch := queue.step()) is not None:
+        assert not any(segment.samples for segment in batch.segments)
+        assert all(len(segment.judged) == 0 for segment in batch.segments if segment.is_shadow)
+        judged += [position for segment in batch.segments for position in segment.judged]
+        ends.append(any(segment.ends_unsampled for segment in batch.segments))
+        queue.commit(batch, {})
+    assert judged == list(range(9))
+    assert ends == [False, False, False, False, True]
+
+
+def test_only_the_prompt_of_a_request_that_asks_is_judged() -> None:
+    queue = Scheduler(2, 8)
+    asks = Sequence(Request("a", (1, 2, 3), Sampling(prompt_logprobs=0)))
+    queue.add(asks)
+    queue.add(sequence("b", 3))
+    batch = queue.step()
+    assert batch is not None
+    assert [(s.sequence.request.id, list(s.judged), s.samples) for s in batch.segments] == [
+        ("a", [0, 1], True),
+        ("b", [], True),
+    ]
+    queue.commit(batch, {"a": 0, "b": 0})
+    batch = queue.step()
+    assert batch is not None
+    assert not any(s.judged or s.ends_unsampled for s in batch.segments)
