@@ -8,10 +8,12 @@ from itertools import accumulate
 from typing import Any
 
 from server.tokens import TokenTable
-from steering import Delta, Finished, Program
+from steering import Delta, Finished, Program, TokenLogprob
 
 TokenText = Callable[[int], str]
 Json = dict[str, Any]
+_LEAST = -9999.0
+"""The least log-probability that is told, as in OpenAI's API: JSON has no infinity."""
 
 
 def usage(ends: Sequence[Finished], prompts: Sequence[int]) -> Json:
@@ -71,11 +73,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def chat_logprobs(logprobs: Sequence[Any], table: TokenTable) -> Json:
+def chat_logprobs(logprobs: Sequence[TokenLogprob], table: TokenTable) -> Json:
     """Log-probabilities in the shape of chat completions. `bytes` are the token's own, also of half a character."""
 
     def entry(token: int, logprob: float) -> Json:
-        return {"token": table.text(token), "logprob": logprob, "bytes": table.octets(token)}
+        return {"token": table.text(token), "logprob": max(logprob, _LEAST), "bytes": table.octets(token)}
 
     content = [
         {**entry(one.token, one.logprob), "top_logprobs": [entry(token, value) for token, value in one.top]}
@@ -84,12 +86,64 @@ def chat_logprobs(logprobs: Sequence[Any], table: TokenTable) -> Json:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(logprobs: Sequence[Any], text: TokenText, offset: int = 0) -> Json:
-    """Log-probabilities in the shape of text completions. `offset`: characters of the text before these tokens."""
+def completion_logprobs(logprobs: Sequence[TokenLogprob], text: TokenText, offset: int = 0) -> Json:
+    """Log-probabilities in the shape of text completions. `offset`: characters of the text before these tokens.
+
+    `top_logprobs` has the chosen token too, so up to one more than was asked for, as OpenAI's API has it.
+    """
     tokens = [text(one.token) for one in logprobs]
     return {
         "tokens": tokens,
-        "token_logprobs": [one.logprob for one in logprobs],
-        "top_logprobs": [{text(token): value for token, value in one.top} for one in logprobs],
+        "token_logprobs": [max(one.logprob, _LEAST) for one in logprobs],
+        "top_logprobs": [_top(one, len(one.top), text) for one in logprobs],
         "text_offset": list(accumulate(map(len, tokens), initial=offset))[: len(tokens)],
     }
+
+
+def echoed_logprobs(
+    prompt: str, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], n_top: int, table: TokenTable
+) -> Json:
+    """Log-probabilities of a prompt's tokens in the shape of text completions; the first token's are null."""
+    return {
+        "tokens": [table.text(token) for token in tokens],
+        "token_logprobs": [None if one is None else max(one.logprob, _LEAST) for one in logprobs],
+        "top_logprobs": [None if one is None else _top(one, n_top, table.text) for one in logprobs],
+        "text_offset": text_offsets(prompt, [bytes(table.octets(t) or table.text(t).encode()) for t in tokens]),
+    }
+
+
+def prompt_logprobs(
+    logprobs: Sequence[TokenLogprob | None], n_top: int, table: TokenTable
+) -> list[dict[str, Json] | None]:
+    """Log-probabilities of a prompt's tokens in vLLM's shape: by token id, the prompt's own token first."""
+
+    def entry(token: int, logprob: float, rank: int) -> Json:
+        return {"logprob": max(logprob, _LEAST), "rank": rank, "decoded_token": table.text(token)}
+
+    def position(one: TokenLogprob) -> dict[str, Json]:
+        likeliest = enumerate(one.top[:n_top], start=1)
+        found = {str(token): entry(token, value, rank) for rank, (token, value) in likeliest if token != one.token}
+        return {str(one.token): entry(one.token, one.logprob, one.rank)} | found
+
+    return [None if one is None else position(one) for one in logprobs]
+
+
+def text_offsets(text: str, tokens: Sequence[bytes]) -> list[int]:
+    """The character of `text` at which each of its tokens begins; a token may begin inside of a character.
+
+    Tokens that were added before the text (a beginning-of-text token) stand at 0. Where the tokens do not spell the
+    text, since its tokenizer forgets spaces, the offsets are those of the joined tokens, at most the text's length.
+    """
+    data = text.encode()
+    before = max(b"".join(tokens).find(data), 0)
+    character = list(accumulate(((byte & 0xC0) != 0x80 for byte in data), initial=-1))[1:]  # of every byte
+    starts = list(accumulate(map(len, tokens), initial=-before))[: len(tokens)]
+    return [len(text) if start >= len(data) else character[max(start, 0)] for start in starts]
+
+
+def _top(one: TokenLogprob, n_top: int, text: TokenText) -> dict[str, float]:
+    """The likeliest tokens and the chosen one, by text; of tokens that read the same, the likelier one's."""
+    found: dict[str, float] = {}
+    for token, logprob in (*one.top[:n_top], (one.token, one.logprob)):
+        found[text(token)] = max(logprob, found.get(text(token), _LEAST))
+    return found

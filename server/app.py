@@ -11,10 +11,25 @@ from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
+from server.access import Access
 from server.host import Host, Service
 from server.middleware import Gate
-from server.routes import chat, completions, generate, health, models, steering
+from server.routes import (
+    artifacts,
+    capture,
+    chat,
+    completions,
+    generate,
+    health,
+    jobs,
+    metrics,
+    models,
+    presets,
+    steering,
+)
+from server.schema.capture import CaptureRequest
 from server.schema.errors import ApiError, from_steering
+from server.schema.jobs import FitRequest, SweepRequest
 from server.schema.openai import (
     ChatRequest,
     CompletionRequest,
@@ -23,10 +38,22 @@ from server.schema.openai import (
     TokenizeRequest,
     TraceRequest,
 )
+from server.schema.steering import SteeringSpec
 from server.settings import ServerSettings
 from steering import SteeringError, __version__
 
-BODIES = (ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest, TraceRequest)
+BODIES = (
+    CaptureRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    SteeringSpec,
+    TokenizeRequest,
+    TraceRequest,
+    FitRequest,
+    SweepRequest,
+)
 _REFS = "#/components/schemas/{model}"
 
 
@@ -41,9 +68,11 @@ def create_app(settings: ServerSettings | None = None, host: Host | None = None,
     app.state.settings = settings
     app.state.service = Service(settings, host)
     app.state.loads = loads
-    for part in (chat, completions, generate, models, steering, health):
+    for part in (chat, completions, generate, models, steering, artifacts, presets, capture, health, metrics, jobs):
         app.include_router(part.router)
-    app.add_middleware(Gate, api_key=settings.api_key)
+    access = Access(settings.api_key, settings.admin_key, settings.is_local_only)
+    told = app.state.service.metrics.answered
+    app.add_middleware(Gate, access=access, answered=told, body_seconds=settings.body_seconds)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(SteeringError, _steering_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -64,6 +93,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _render(request: Request, error: ApiError) -> JSONResponse:
     request.state.error = error.code
+    request.app.state.service.metrics.refused(error.code)
     return JSONResponse(error.body(), error.status, error.headers)
 
 

@@ -1,7 +1,9 @@
-"""Reading a JSON body: the right content type, not too long, no NaN, and every field of the type it should have.
+"""Reading a JSON body: the right content type, not too long, no NaN, no key twice, and every field of its type.
 
 Python's `json` takes NaN, Infinity and 1e999; JSON has none of them, and a setpoint of Infinity must not get past the
-first hop. Where one was read the document is walked for it, so that the error can name the field.
+first hop. Of a key that stands twice in an object most readers take the last value, some the first: whoever checked the
+body before us may have read another one. Where any of these was met the document is walked for it, so that the error
+can name the field.
 
 All of it runs in a worker thread: a megabyte of JSON takes a while to read, and longer to refuse.
 """
@@ -11,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -26,6 +29,14 @@ Body = TypeVar("Body", bound=BaseModel)
 _SIZES = {"steering": 4096, "targets": 4096, "logit_bias": 4096}
 """Most items of any list or object below these fields: to refuse each of a hundred thousand takes seconds."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class _Repeating(dict[str, Any]):
+    """An object as it was read, of which `key` stood there more than once."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
 
 
 def json_body(model: type[Body], *, refuse: bool = False) -> Callable[[Request], Awaitable[Body]]:
@@ -46,7 +57,7 @@ def parsed(model: type[Body], raw: bytes, *, refuse: bool = False) -> Body:
     data = _document(raw)
     if refuse and (name := misplaced_field(data, model)):
         raise ApiError(400, f"{name}: put it into `steering`.", param=name, code="misplaced_field")
-    if refuse and (name := unsupported_field(data)):
+    if refuse and (name := unsupported_field(data, model)):
         raise ApiError(
             400, f"{name}: not supported by this server; leave it out.", param=name, code="unsupported_field"
         )
@@ -63,6 +74,7 @@ def _document(raw: bytes) -> dict[str, Any]:
     """The body as a JSON object. Raises ApiError."""
     invalid = ApiError(400, INVALID_JSON, code="invalid_json")
     odd: list[float] = []
+    twice: list[_Repeating] = []
 
     def number(text: str) -> float:
         value = float(text)
@@ -70,14 +82,23 @@ def _document(raw: bytes) -> dict[str, Any]:
             odd.append(value)
         return value
 
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice.append(_Repeating(pairs))
+            return twice[-1]
+        return found
+
     try:
-        data = json.loads(raw.decode("utf-8"), parse_float=number, parse_constant=number)
+        data = json.loads(raw.decode("utf-8"), parse_float=number, parse_constant=number, object_pairs_hook=members)
         if _SURROGATE.search(raw):  # half of a pair cannot be written back, not even in an error
             json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise invalid from error
     if not isinstance(data, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    for path in _repeated(data) if twice else ():
+        raise ApiError(400, f"{path}: expected once, but it is there twice.", param=path, code="invalid_value")
     for path, found in _not_finite(data) if odd else ():
         raise ApiError(400, f"{path}: expected a finite number, got {found}.", param=path, code="invalid_value")
     return data
@@ -98,6 +119,16 @@ async def _bytes(request: Request, limit: int) -> bytes:
     except ClientDisconnect as error:
         raise ApiError(400, "The body ended early.", code="invalid_json") from error
     return b"".join(pieces)
+
+
+def _repeated(data: object) -> Iterator[str]:
+    """The path of every key that stands twice in its object."""
+    stack: list[tuple[str, object]] = [("", data)]
+    while stack:
+        path, node = stack.pop()
+        if isinstance(node, _Repeating):
+            yield f"{path}{'.' if path else ''}{node.key[:64]}"[:200]
+        stack += _items(path, node, (dict, list))
 
 
 def _not_finite(data: object) -> Iterator[tuple[str, str]]:

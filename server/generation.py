@@ -8,20 +8,32 @@ from functools import partial
 
 from fastapi import Request as HttpRequest
 
+from server.metrics import Metrics, Watch
 from server.schema.errors import ApiError, from_steering
 from steering import Delta, Diverged, Engine, Finished, Request, SteeringError
 
 
 class Generation:
-    """Requests that are submitted together, deliver into one stream, and are aborted together."""
+    """Requests that are submitted together, deliver into one stream, and are aborted together.
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], done: Callable[[Generation], None]) -> None:
+    `metrics` are told how long each request waited, and how fast its tokens came.
+    """
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], done: Callable[[Generation], None], metrics: Metrics
+    ) -> None:
         self._engine = engine
+        self._watches = [Watch(metrics) for _ in requests]
         self._requests = list(requests)
         self._done = done
         self._open = {request.id for request in requests}
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Delta | Finished]] = asyncio.Queue()
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have not ended."""
+        return [request for request in self._requests if request.id in self._open]
 
     def start(self) -> None:
         """Submit all. When one is refused those before it are aborted. Raises QueueFull, PlantError."""
@@ -34,6 +46,7 @@ class Generation:
 
     def _deliver(self, index: int, event: Delta | Finished) -> None:
         """Called in the engine's thread."""
+        self._watches[index].see(event)
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Delta | Finished]]:
@@ -89,6 +102,8 @@ def _failure(end: Finished) -> ApiError | None:
     if end.reason != "error":
         return None
     error = end.error or SteeringError("The request failed.")
+    if error.param == "schema":  # what a grammar says of itself
+        error.at("response_format.json_schema")
     if isinstance(error, Diverged) and not (error.param or "").startswith("steering"):
         error.param = "steering"
     return from_steering(error)

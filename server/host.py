@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from typing import Any, Literal
 import torch
 
 from server.generation import Generation
+from server.jobs import Jobs
+from server.metrics import Metrics
+from server.presets import Presets
 from server.schema.errors import ApiError
 from server.settings import ServerSettings
 from server.tokens import TokenTable
@@ -21,8 +25,8 @@ from steering import (
     ArtifactNotFound,
     Engine,
     EngineSettings,
+    GrammarCompiler,
     Plant,
-    PlantError,
     Request,
     Sampling,
     Shelf,
@@ -31,6 +35,7 @@ from steering import (
     echo,
 )
 from steering.demo import CONCEPTS, MODEL, MODEL_ID
+from steering.gguf import Target
 
 State = Literal["loading", "ready", "draining"]
 
@@ -124,15 +129,39 @@ class Host:
         ArtifactCorrupt."""
         return describe(self.store, name)
 
+    def preset_of(self, model: str | None) -> str | None:
+        """The preset that a model's id names, `PRESET` of `MODEL:PRESET`; None for the served model itself."""
+        prefix = f"{self.model_id}:"
+        return model.removeprefix(prefix) if model is not None and model.startswith(prefix) else None
+
     def require_model(self, name: str | None) -> None:
-        """Raises ApiError 404 unless `name` is the served model's id; absent means it."""
-        if name is not None and name != self.model_id:
-            raise ApiError(
-                404,
-                f"The model {echo(name)} does not exist; this server has {self.model_id!r}.",
-                param="model",
-                code="model_not_found",
-            )
+        """Raises ApiError 404 unless `name` is the served model's id, alone or with a preset of it; absent means it."""
+        if name is None or name == self.model_id:
+            return
+        preset = self.preset_of(name)
+        if preset is not None and self.presets.exists(preset):
+            return
+        known = f"this server has {self.model_id!r}" if preset is None else f"there is no preset {echo(preset)}"
+        raise ApiError(404, f"The model {echo(name)} does not exist; {known}.", param="model", code="model_not_found")
+
+    @cached_property
+    def presets(self) -> Presets:
+        """The saved steering objects."""
+        return Presets(self.store.folder)
+
+    @cached_property
+    def target(self) -> Target:
+        """This model, as control vectors are imported for it."""
+        return Target.of(self.plant)
+
+    def is_usable(self, model: str) -> bool:
+        """Whether an artifact fitted on `model`, a fingerprint, is one of this model's."""
+        return model == self.plant.fingerprint
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Grammars over this model's tokens."""
+        return GrammarCompiler(self.plant)
 
     @cached_property
     def tokens(self) -> TokenTable:
@@ -145,22 +174,23 @@ class Host:
         return self.engine.settings.max_batch + self.engine.settings.queue_limit
 
     def check_tokens(self, tokens: list[int], param: str) -> list[int]:
-        """`tokens`, which must be of the vocabulary. Raises PlantError that names `param`."""
+        """`tokens`, which must be of the vocabulary. Raises SpecError that names `param`."""
         for token in tokens:
             if not 0 <= token < self.plant.vocab:
-                raise PlantError(
-                    f"{param}: expected token ids from 0 to {self.plant.vocab - 1}, got {echo(token)}.", param=param
-                )
+                raise SpecError(param, expected=f"token ids from 0 to {self.plant.vocab - 1}", got=token)
         return tokens
 
 
 class Service:
-    """What the application holds: the host once it is loaded, and the generations in progress."""
+    """What the application holds: the host once it is loaded, the generations in progress, and the jobs."""
 
     def __init__(self, settings: ServerSettings, host: Host | None = None) -> None:
         self.settings = settings
         self.host = host
         self.is_draining = False
+        self.metrics = Metrics(lambda: None if self.host is None else self.host.engine)
+        self.jobs = Jobs()
+        self.metrics.watch_jobs(self.jobs)
         self._running: set[Generation] = set()
 
     @property
@@ -178,22 +208,35 @@ class Service:
 
     def generate(self, requests: list[Request]) -> Generation:
         """Submit requests that belong together. Raises what `Engine.submit` raises; then none of them runs."""
-        generation = Generation(self.ready_host().engine, requests, self._running.discard)
+        generation = Generation(self.ready_host().engine, requests, self._running.discard, self.metrics)
         self._running.add(generation)
         generation.start()
         return generation
 
+    def runs_with(self, artifact: str) -> bool:
+        """Whether a running request is steered by an artifact. For the event loop's thread."""
+        programs = [request.program for generation in self._running for request in generation.running]
+        terms = [term for program in programs for term in program.terms]
+        return any(term.label == artifact or (term.gate and term.gate.when.concept == artifact) for term in terms)
+
     async def load(self) -> None:
         """Load the host in a thread. Raises SteeringError."""
         if self.host is None:
-            self.host = await asyncio.to_thread(Host.load, self.settings)
+            self.host = await asyncio.to_thread(self._load)
+
+    def _load(self) -> Host:
+        """The host, over a store without the halves of files that a killed process left."""
+        if swept := open_store(self.settings.store_folder).sweep():
+            logging.getLogger("setpoint").warning("swept", extra={"fields": {"files": len(swept)}})
+        return Host.load(self.settings)
 
     async def drain(self, wait: Callable[[], bool] = lambda: False) -> None:
-        """Refuse new requests, let those that run finish within `drain_seconds`, abort the rest.
+        """Refuse new requests, cancel the jobs, let requests that run finish within `drain_seconds`, abort the rest.
 
         `wait() == True` cuts the waiting short.
         """
         self.is_draining = True
+        self.jobs.cancel_all()
         deadline = time.monotonic() + self.settings.drain_seconds
         while self._running and time.monotonic() < deadline and not wait():
             await asyncio.sleep(0.02)
@@ -204,7 +247,8 @@ class Service:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Stop the engine."""
+        """Stop the jobs and the engine."""
         self.is_draining = True
+        await asyncio.to_thread(self.jobs.close)
         if self.host is not None:
             await asyncio.to_thread(self.host.engine.stop, 0.0)

@@ -1,35 +1,51 @@
-"""Around every request: an id, the API key, an answer whatever fails, one line of log.
+"""Around every request: an id, the keys, a clock on the body, an answer whatever fails, one line of log.
 
 Plain ASGI, so that disconnects pass through.
 """
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import json
 import logging
 import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access import HEALTH, Access
 from server.schema.errors import ApiError
 
 log = logging.getLogger("setpoint.request")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PATH_LIMIT = 200
+_METHOD_LIMIT = 20
 
 
 class Gate:
-    """Gives each request its id (the client's `X-Request-Id`, or a new one), checks the API key, logs the outcome."""
+    """Gives each request its id (the client's `X-Request-Id`, or a new one), checks its key, logs the outcome.
 
-    def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
+    OPTIONS, with which a browser asks whether another site's page may call, is refused except for the health checks,
+    and no answer has a header that would allow it. `answered` is told the pattern of the address and the status of each
+    answer, `body_seconds` is how long a body may pause.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access | None = None,
+        answered: Callable[[str | None, int], None] = lambda route, status: None,
+        body_seconds: float = 30.0,
+    ) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._access = access or Access()
+        self._answered = answered
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. Anything but HTTP passes."""
@@ -52,27 +68,51 @@ class Gate:
             await send(message)
 
         try:
-            if self._admits(scope["path"], headers.get(b"authorization", b"")):
-                await self._app(scope, receive, answer)
-            else:
-                error = ApiError(401, "Expected the header Authorization: Bearer <API key>.", code="invalid_api_key")
-                await JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, answer)
+            self._check(scope)
+            await self._app(scope, self._timed(receive), answer)
         except Exception as error:
-            logging.getLogger("setpoint").error(
-                "a request failed", exc_info=error, extra={"fields": {"request_id": id_}}
-            )
-            state["error"] = "internal_error"
+            refusal = error if isinstance(error, ApiError) else _unexpected(error, id_)
+            state["error"] = refusal.code
             if status:  # half an answer is out: only a broken connection can say so
                 raise
-            failed = ApiError(500, "The server failed to answer; its log says why.", code="internal_error")
-            await JSONResponse(failed.body(), 500)(scope, receive, answer)
+            await JSONResponse(refusal.body(), refusal.status, refusal.headers)(scope, receive, answer)
         finally:
+            self._answered(getattr(scope.get("route"), "path", None), status or 500)
             log.info("request", extra={"fields": _line(scope, state, id_, status or 500, time.perf_counter() - began)})
 
-    def _admits(self, path: str, given: bytes) -> bool:
-        if self._expected is None or path == "/health" or path.startswith("/health/"):
-            return True
-        return hmac.compare_digest(given, self._expected)
+    def _check(self, scope: Scope) -> None:
+        """Raises ApiError for a call that may not be made."""
+        if scope["method"] == "OPTIONS" and scope["path"] not in HEALTH:
+            raise ApiError(405, "This address does not take OPTIONS.", code="method_not_allowed")
+        self._access.check(scope["method"], scope["path"], scope["headers"])
+
+    def _timed(self, receive: Receive) -> Receive:
+        """`receive`, which raises ApiError 408 when the body pauses for too long. After the body it waits for ever."""
+        is_whole = False
+
+        async def timed() -> Message:
+            nonlocal is_whole
+            if is_whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._body_seconds)
+            except TimeoutError as error:
+                raise ApiError(
+                    408,
+                    f"The body paused for more than {self._body_seconds:g} s.",
+                    code="body_timeout",
+                    headers={"Connection": "close"},
+                ) from error
+            is_whole = not message.get("more_body", False)
+            return message
+
+        return timed
+
+
+def _unexpected(error: Exception, id_: str) -> ApiError:
+    """Log a defect of ours in full; what the client is told of it says nothing."""
+    logging.getLogger("setpoint").error("a request failed", exc_info=error, extra={"fields": {"request_id": id_}})
+    return ApiError(500, "The server failed to answer; its log says why.", code="internal_error")
 
 
 def _line(scope: Scope, state: dict[str, Any], id_: str, status: int, seconds: float) -> dict[str, Any]:
@@ -80,7 +120,7 @@ def _line(scope: Scope, state: dict[str, Any], id_: str, status: int, seconds: f
     error = {"error": state["error"]} if "error" in state else {}
     return {
         "request_id": id_,
-        "method": scope["method"],
+        "method": scope["method"][:_METHOD_LIMIT],
         "path": scope["path"][:_PATH_LIMIT],
         "status": status,
         "seconds": round(seconds, 4),
@@ -90,14 +130,14 @@ def _line(scope: Scope, state: dict[str, Any], id_: str, status: int, seconds: f
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a record; a record's `fields` are its own keys."""
+    """One JSON object a record, in ASCII: nothing in it can steer a terminal. A record's `fields` are its own keys."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "event": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps({**line, **getattr(record, "fields", {})}, ensure_ascii=False, default=str)
+        return json.dumps({**line, **getattr(record, "fields", {})}, default=str)
 
 
 def log_to_stderr() -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from server.generation import Generation
-from steering import Delta, Finished
+from steering import Delta, Finished, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Piece:
     text: str
     deltas: tuple[Delta, ...]
 
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Those of the prompt's tokens, if they were asked for and this is the choice's first piece."""
+        return self.deltas[0].prompt_logprobs
+
 
 @dataclass(frozen=True)
 class End:
@@ -28,6 +33,11 @@ class End:
     index: int
     finished: Finished
     deltas: tuple[Delta, ...]
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Those of the prompt's tokens, if they were asked for."""
+        return self.finished.prompt_logprobs
 
 
 async def pieces(generation: Generation) -> AsyncIterator[Piece | End]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -23,7 +24,11 @@ def serve(settings: ServerSettings, listener: socket.socket) -> None:
     """Serve on a bound socket until a signal ends it. Raises what loading the model raises."""
     log_to_stderr()
     app = create_app(settings, loads=False)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3)
+    # h11 bounds a request's headers; httptools, which uvicorn would take where it is installed, does not.
+    parser: dict[str, Any] = {"http": "h11", "ws": "none", "server_header": False}
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, **parser
+    )
     server = _Server(config, app.state.service)
     asyncio.run(server.run_until_drained(listener, url(listener)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -45,18 +45,22 @@ class ServerSettings:
     """Longest prompt and completion together, in tokens; None: the model's context."""
     queue_limit: int = 256
     """Requests that may wait; more are refused with a 429."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """Required as a bearer token when set, except for the health checks."""
-    admin_key: str | None = None
-    """The bearer token of calls that write; this version has none."""
+    admin_key: str | None = field(default=None, repr=False)
+    """Required as a bearer token by calls that write, when set; it reads and generates as well."""
     insecure: bool = False
-    """Allow a host that others can reach without an API key."""
+    """Allow a host that others can reach without an API key, and any name of this machine in the Host header."""
     store: Path | None = None
     """Folder of the artifacts; None: `default_store()`."""
     drain_seconds: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     body_limit: int = 2**20
     """Largest request body, in bytes."""
+    body_seconds: float = 30.0
+    """How long a request's body may pause before the request is given up."""
+    upload_limit: int = 2**28
+    """Largest artifact that may be uploaded, in bytes."""
     replicas: int = 1
     """Copies of the model; this version runs one."""
     tensor_parallel: int = 1
@@ -65,7 +69,8 @@ class ServerSettings:
     """Number format of quantized weights; this version has none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("queue_limit", 1), ("body_limit", 1), ("drain_seconds", 0)):
+        least_of = {"max_batch": 1, "queue_limit": 1, "body_limit": 1, "upload_limit": 1, "body_seconds": 0.1}
+        for name, least in {**least_of, "drain_seconds": 0}.items():
             if not getattr(self, name) >= least:
                 raise SpecError(name, expected=f"a number >= {least}", got=getattr(self, name))
         if not 0 <= self.port <= 65535:
@@ -98,6 +103,11 @@ class ServerSettings:
             return self.host == "localhost"
 
     @property
+    def is_local_only(self) -> bool:
+        """Whether only programs of this machine are meant to call: then a web page under another name must not."""
+        return self.is_loopback and not self.api_key and not self.insecure
+
+    @property
     def store_folder(self) -> Path:
         """The folder of the artifacts."""
         return self.store or default_store()
@@ -107,10 +117,10 @@ class ServerSettings:
         """Settings from `SETPOINT_…` variables alone, for servers that are not started by the command line."""
         hints = get_type_hints(cls)
         given: dict[str, Any] = {}
-        for field in fields(cls):
-            text = os.environ.get(f"{ENV_PREFIX}{field.name.upper()}")
+        for one in fields(cls):
+            text = os.environ.get(f"{ENV_PREFIX}{one.name.upper()}")
             if text:
-                given[field.name] = _parsed(field.name, text, hints[field.name])
+                given[one.name] = _parsed(one.name, text, hints[one.name])
         return cls(**given)
 
 

@@ -5,23 +5,35 @@ Runs in a worker thread: tokenising and compiling a program may take millisecond
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from server.host import Host
+from server.schema.capture import CaptureRequest
 from server.schema.errors import ApiError
-from server.schema.openai import ChatRequest, CompletionRequest, GenerateRequest, Message, TokenizeRequest, TraceRequest
-from server.schema.steering import SteeringSpec
-from steering import PlantError, Program, Request, Sampling, SpecError
+from server.schema.openai import (
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    Message,
+    ResponseFormat,
+    TokenizeRequest,
+    TraceRequest,
+)
+from server.schema.steering import Composition, Part, SteeringSpec
+from steering import Grammar, PlantError, Program, Request, Sampling, SpecError
 
 MAX_CHOICES = 256
 """Most sequences that one HTTP request may ask for."""
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a text completion that does not say, as in OpenAI's API."""
 _INT64 = 2**63
+_SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,12 @@ class Call:
     steered: bool
     trace: bool
     include_usage: bool
+    token_ids: bool = False
+    """Whether the answer has token ids beside its text."""
+    prompt_logprobs: int | None = None
+    """As the body asks for them; `Sampling` may hold more, for `echo`."""
+    echo: tuple[str, ...] = ()
+    """The text of every request's prompt, where it comes before the completion."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -44,24 +62,30 @@ class Call:
         return [request.program for request in self.requests]
 
 
+class _Prompt(NamedTuple):
+    """One prompt: where it stands in the body, its tokens, its text where that is known."""
+
+    at: str
+    tokens: list[int]
+    text: str | None = None
+
+
 def chat_call(body: ChatRequest, host: Host) -> Call:
     """Requests of a chat completion. Raises SteeringError that names the field."""
-    tokens = chat_tokens(host, body.messages)
+    tokens = chat_tokens(host, body.messages, body)
     if body.top_logprobs and not body.logprobs:
         raise SpecError("top_logprobs", expected="logprobs to be true as well", got=body.top_logprobs)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     longer = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return _call(
-        "chatcmpl", body, host, [("messages", tokens)], body.n or 1, None, logprobs, getattr(body, longer), longer
-    )
+    return _call("chatcmpl", body, host, [_Prompt("messages", tokens)], None, logprobs, body.n or 1, longer)
 
 
 def completion_call(body: CompletionRequest, host: Host) -> Call:
     """Requests of a text completion, prompt by prompt. Raises SteeringError that names the field."""
     given = _each(body.prompt)
     _check_count(len(given) * (body.n or 1), host)
-    prompts = [(at, prompt_tokens(host, one, at)) for at, one in given]
-    return _call("cmpl", body, host, prompts, body.n or 1, DEFAULT_COMPLETION_TOKENS, body.logprobs, body.max_tokens)
+    prompts = [_Prompt(at, prompt_tokens(host, one, at), _text(host, one) if body.echo else None) for at, one in given]
+    return _call("cmpl", body, host, prompts, DEFAULT_COMPLETION_TOKENS, body.logprobs, body.n or 1)
 
 
 def generate_call(body: GenerateRequest, host: Host) -> Call:
@@ -74,39 +98,60 @@ def generate_call(body: GenerateRequest, host: Host) -> Call:
     where = "prompt" if body.messages is None else "messages"
     if body.seed is None and body.compare:
         body = body.model_copy(update={"seed": secrets.randbelow(_INT64)})
-    call = _call("gen", body, host, [(where, tokens)], 1, default, body.logprobs, body.max_tokens)
+    call = _call("gen", body, host, [_Prompt(where, tokens)], default, body.logprobs)
     if not body.compare:
         return call
     steered = call.requests[0]
     twin = Request(f"{call.id}-unsteered", steered.prompt, steered.sampling)
-    return Call(
-        call.id, call.model, (steered, twin), call.prompts, call.steered, call.trace, call.include_usage, call.created
-    )
+    return replace(call, requests=(steered, twin))
 
 
-def given_tokens(host: Host, body: GenerateRequest | TokenizeRequest | TraceRequest) -> list[int]:
+def given_tokens(host: Host, body: GenerateRequest | TokenizeRequest | TraceRequest | CaptureRequest) -> list[int]:
     """The tokens of a body that has either `prompt` or `messages`. Raises SteeringError."""
     if (body.prompt is None) == (body.messages is None):
         raise SpecError("prompt", expected="either prompt or messages", got=None if body.prompt is None else "both")
+    turn = body if isinstance(body, GenerateRequest | TokenizeRequest) else None
     if body.messages is not None:
-        return chat_tokens(host, body.messages)
+        return chat_tokens(host, body.messages, turn)
+    if turn is not None and turn.continue_final_message:
+        raise SpecError("continue_final_message", expected="messages, of which the last one is continued, not a prompt")
     return prompt_tokens(host, body.prompt or "", "prompt")
 
 
-def chat_tokens(host: Host, messages: Sequence[Message]) -> list[int]:
-    """The tokens of a chat and the beginning of the next answer, whoever spoke last. Raises PlantError."""
-    return host.plant.encode([message.plain() for message in messages], answer=True)
+def chat_tokens(
+    host: Host, messages: Sequence[Message], turn: ChatRequest | GenerateRequest | TokenizeRequest | None = None
+) -> list[int]:
+    """The tokens of a chat and the beginning of the next answer, whoever spoke last.
+
+    `turn` may say otherwise: `add_generation_prompt: false` leaves that beginning out, `continue_final_message` leaves
+    the last message, the assistant's, open instead. Raises SpecError, PlantError.
+    """
+    plain = [message.plain() for message in messages]
+    if turn is not None and turn.continue_final_message:
+        if turn.add_generation_prompt:
+            raise SpecError("continue_final_message", expected="add_generation_prompt to be false or absent beside it")
+        if plain[-1]["role"] != "assistant":
+            raise SpecError(
+                "continue_final_message", expected="the last message to be the assistant's", got=plain[-1]["role"]
+            )
+        return host.plant.encode(plain, open_end=True)
+    tokens = host.plant.encode(plain, answer=True)
+    if turn is None or turn.add_generation_prompt in (None, True):
+        return tokens
+    closed = host.plant.tokenizer.apply_chat_template(
+        plain, add_generation_prompt=False, tokenize=True, return_dict=False
+    )
+    return list(closed)
 
 
 def prompt_tokens(host: Host, prompt: str | list[int], at: str) -> list[int]:
-    """A text's tokens, or checked token ids. Raises PlantError that names `at`."""
+    """A text's tokens, or checked token ids. Raises SpecError that names `at`."""
     if isinstance(prompt, list):
         return host.check_tokens(prompt, at)
     try:
         return host.plant.encode(prompt)
     except PlantError as error:
-        error.param = at
-        raise
+        raise SpecError(at, expected="a text of at least one token", got=prompt) from error
 
 
 def check_length(host: Host, tokens: Sequence[int], where: str, wanted: int = 0, wanted_at: str = "max_tokens") -> int:
@@ -146,52 +191,109 @@ def _each(prompt: object) -> list[tuple[str, str | list[int]]]:
     return [(f"prompt[{index}]", one) for index, one in enumerate(prompt)]
 
 
+def _text(host: Host, prompt: str | list[int]) -> str:
+    """What `echo` gives back of a prompt: a text as it came, token ids with the special ones among them."""
+    return prompt if isinstance(prompt, str) else str(host.plant.tokenizer.decode(prompt))
+
+
 def _call(
     kind: str,
     body: ChatRequest | CompletionRequest | GenerateRequest,
     host: Host,
-    prompts: Sequence[tuple[str, list[int]]],
-    n: int,
+    prompts: Sequence[_Prompt],
     default: int | None,
     logprobs: int | None,
-    limit: int | None,
+    n: int = 1,
     limit_at: str = "max_tokens",
 ) -> Call:
-    """`n` requests a prompt; prompts come with their paths. `limit` is what the body says, in its field `limit_at`, of
-    the tokens to generate; `default` stands in for it, None for the rest of the context."""
+    """`n` requests a prompt. The body's field `limit_at` says how many tokens to generate; `default` stands in for it,
+    None for the rest of the context."""
     _check_count(len(prompts) * n, host)
     if body.stream_options is not None and not body.stream:
         raise SpecError("stream_options", expected="stream to be true as well")
-    spec, program, targets_at = _program(body, host)
+    if body.prompt_logprobs is not None and body.stream:
+        raise SpecError("prompt_logprobs", expected="stream to be false", advice="or use echo with logprobs")
+    echo = isinstance(body, CompletionRequest) and bool(body.echo)
+    limit: int | None = getattr(body, limit_at)
+    if limit == 0 and not echo and body.prompt_logprobs is None:
+        alone = "echo or prompt_logprobs" if isinstance(body, CompletionRequest) else "prompt_logprobs"
+        raise SpecError(limit_at, expected=f"at least 1, or 0 together with {alone}", got=0)
+    steering = _steering(body, host)
+    program = Program() if steering is None else steering.program(host.shelf)
+    grammar = _grammar(body.response_format, host)
     id_ = f"{kind}-{uuid.uuid4().hex}"
-    trace = spec is not None and spec.trace == "tokens"
+    trace = steering is not None and steering.trace == "tokens"
+    asked = [count for count in (logprobs if echo else None, body.prompt_logprobs) if count is not None]
     requests: list[Request] = []
-    for where, tokens in prompts:
-        room = check_length(host, tokens, where, limit or 1, limit_at)
-        if spec is not None:
-            spec.check_scopes(len(tokens), targets_at)
-        tokens_out = limit or (room if default is None else min(default, room))
+    for where, tokens, _ in prompts:
+        room = check_length(host, tokens, where, 1 if limit is None else limit, limit_at)
+        if steering is not None:
+            steering.check_scopes(len(tokens))
+        tokens_out = limit if limit is not None else room if default is None else min(default, room)
         for choice in range(n):
-            sampling = _sampling(body, host, tokens_out, logprobs, choice)
+            told = asked and (choice == 0 or kind != "chatcmpl")  # a chat tells its one prompt once
+            sampling = replace(
+                _sampling(body, host, tokens_out, logprobs, choice),
+                prompt_logprobs=max(asked) if told else None,
+                grammar=grammar,
+            )
             requests.append(Request(f"{id_}-{len(requests)}", tuple(tokens), sampling, program, trace))
-    first = tuple(range(0, len(requests), n))
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    return Call(id_, host.model_id, tuple(requests), first, spec is not None, trace, usage)
+    return Call(
+        id_,
+        body.model or host.model_id,
+        tuple(requests),
+        prompts=tuple(range(0, len(requests), n)),
+        steered=steering is not None,
+        trace=trace,
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        token_ids=bool(body.return_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        echo=tuple(prompt.text or "" for prompt in prompts for _ in range(n)) if echo else (),
+    )
 
 
-def _program(
-    body: ChatRequest | CompletionRequest | GenerateRequest, host: Host
-) -> tuple[SteeringSpec | None, Program, str]:
-    """The steering of a body, compiled, and where its targets stand; the short form `targets` of a native generation
-    joins it."""
-    short = body.targets if isinstance(body, GenerateRequest) else None
-    if short is None:
-        program = Program() if body.steering is None else body.steering.program(host.shelf)
-        return body.steering, program, "steering.targets"
-    if body.steering is not None and body.steering.targets:
-        raise SpecError("targets", expected="to stand alone, or in steering.targets, not both")
-    spec = (body.steering or SteeringSpec()).model_copy(update={"targets": short})
-    return spec, spec.program(host.shelf, "targets"), "targets"
+def _grammar(given: ResponseFormat | None, host: Host) -> Grammar | None:
+    """What the text must follow; None where it may be anything. Raises SpecError that names the field."""
+    if given is None:
+        return None
+    if given.type != "json_schema":
+        if given.json_schema is not None:
+            raise SpecError("response_format.json_schema", expected=f"null where type is {given.type!r}")
+        return host.grammars.json_object() if given.type == "json_object" else None
+    if given.json_schema is None:
+        raise SpecError("response_format.json_schema", expected="an object with name and schema")
+    if not _SCHEMA_NAME.fullmatch(given.json_schema.name):
+        expected = "1 to 64 letters, digits, underscores or hyphens"
+        raise SpecError("response_format.json_schema.name", expected=expected, got=given.json_schema.name)
+    try:
+        return host.grammars.json_schema(given.json_schema.schema_)
+    except SpecError as error:
+        error.at("response_format.json_schema")
+        raise
+
+
+def _steering(body: ChatRequest | CompletionRequest | GenerateRequest, host: Host) -> Composition | None:
+    """What steers a body: the server's default, the preset of its model's name or of its `steering`, and its own
+    object, which the short form `targets` of a native generation joins. None where there is nothing of it.
+
+    Raises SteeringError that names the field.
+    """
+    own, targets_at = body.steering, "steering.targets"
+    if isinstance(body, GenerateRequest) and body.targets is not None:
+        if own is not None and own.targets:
+            raise SpecError("targets", expected="to stand alone, or in steering.targets, not both")
+        own, targets_at = (own or SteeringSpec()).model_copy(update={"targets": body.targets}), "targets"
+    named, asked = host.preset_of(body.model), own.preset if own else None
+    if named is not None and asked not in (None, named):
+        raise SpecError("steering.preset", expected=f"null or {named!r}, the preset that model names", got=asked)
+    parts = []
+    if (name := named if asked is None else asked) is not None:
+        parts.append(Part.of_saved(host.presets.asked(name), "steering.preset", f"preset {name!r}"))
+    if own is not None:
+        parts.append(Part(own, targets_at=targets_at))
+    if all(part.spec.default == "compose" for part in parts) and (default := host.presets.default()) is not None:
+        parts.insert(0, Part.of_saved(default, "steering.default", "the server's default"))
+    return Composition(tuple(parts), own.trace if own else "none") if parts else None
 
 
 def _sampling(

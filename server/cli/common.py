@@ -67,8 +67,12 @@ def print_json(document: Any) -> None:
     sys.stdout.write("\n")
 
 
+WIDE = 250
+"""Columns of a table that goes to a file or a pipe."""
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on stdout."""
+    """A table on stdout: as wide as the terminal, or as it needs where nobody looks at it in one."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -76,7 +80,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def short(fingerprint: str) -> str:

@@ -87,7 +87,7 @@ def _body(
         "temperature": temperature,
         "seed": seed,
         "compare": True,
-        "steering": {"interventions": interventions},
+        "steering": {"interventions": interventions, "default": "replace"},
     }
     try:
         return GenerateRequest.model_validate_json(json.dumps(document), strict=True)

@@ -44,7 +44,9 @@ def serve(
     ] = None,
     admin_key: Annotated[
         str | None,
-        typer.Option(envvar="SETPOINT_ADMIN_KEY", help="Bearer token of calls that write.", show_envvar=True),
+        typer.Option(
+            envvar="SETPOINT_ADMIN_KEY", help="Require this bearer token of calls that write.", show_envvar=True
+        ),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="SETPOINT_INSECURE", help="Allow a public host without an API key.")
@@ -55,6 +57,12 @@ def serve(
     ] = 30.0,
     body_limit: Annotated[int, typer.Option(envvar="SETPOINT_BODY_LIMIT", help="Largest request body in bytes.")] = 2
     ** 20,
+    body_seconds: Annotated[
+        float, typer.Option(envvar="SETPOINT_BODY_SECONDS", help="Longest pause within a request's body.")
+    ] = 30.0,
+    upload_limit: Annotated[
+        int, typer.Option(envvar="SETPOINT_UPLOAD_LIMIT", help="Largest uploaded artifact in bytes.")
+    ] = 2**28,
     replicas: Annotated[
         int, typer.Option(envvar="SETPOINT_REPLICAS", help="Copies of the model; 1 in this version.")
     ] = 1,
@@ -90,6 +98,8 @@ def serve(
         store=store,
         drain_seconds=drain_seconds,
         body_limit=body_limit,
+        body_seconds=body_seconds,
+        upload_limit=upload_limit,
         replicas=replicas,
         tensor_parallel=tensor_parallel,
         quantization=quantization,

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from server.account import Json, chat_logprobs, receipt, traced, usage
+from server.account import Json, chat_logprobs, prompt_logprobs, receipt, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
@@ -29,7 +29,7 @@ async def chat(http: Request, service: ServiceDep, host: HostDep, body: Body) ->
 
 
 def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:
-    choices = [
+    choices: list[Json] = [
         {
             "index": index,
             "message": {"role": "assistant", "content": end.text, "refusal": None},
@@ -40,6 +40,12 @@ def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json
         for index, end in enumerate(ends)
     ]
     body = {**_head(call, "chat.completion"), "choices": choices, "usage": usage(ends, call.prompts)}
+    if call.prompt_logprobs is not None:
+        body["prompt_logprobs"] = prompt_logprobs(ends[0].prompt_logprobs or (), call.prompt_logprobs, table)
+    if call.token_ids:
+        body["prompt_token_ids"] = list(call.requests[0].prompt)
+        for choice, end in zip(choices, ends, strict=True):
+            choice["token_ids"] = list(end.tokens)
     if call.steered:
         body["steering"] = receipt(ends, call.programs, table.text if call.trace else None)
     return body
@@ -48,7 +54,8 @@ def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json
 async def _chunks(call: Call, generation: Generation, table: TokenTable) -> AsyncIterator[Json]:
     """Role once, text, each finish reason with an empty delta, the receipt, the usage."""
     for index in range(len(call.requests)):
-        yield _chunk(call, index, {"role": "assistant", "content": ""}, (), table)
+        opening = _chunk(call, index, {"role": "assistant", "content": ""}, (), table)
+        yield opening | {"prompt_token_ids": list(call.requests[0].prompt)} if call.token_ids and not index else opening
     ends: dict[int, Finished] = {}
     async for piece in pieces(generation):
         if isinstance(piece, End):
@@ -75,6 +82,8 @@ def _chunk(
     }
     if end:
         choice["stop_reason"] = end.stop_reason
+    if call.token_ids:
+        choice["token_ids"] = [delta.token for delta in deltas]
     body = {**_chunk_head(call), "choices": [choice]}
     if call.trace and deltas:
         body["steering"] = traced(deltas, table.text)

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from server.account import Json, TokenText, completion_logprobs, receipt, traced, usage
+from server.account import Json, completion_logprobs, prompt_logprobs, receipt, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
@@ -32,11 +32,13 @@ async def generate(http: Request, service: ServiceDep, host: HostDep, body: Body
 
 def _answer(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:
     text = table.text
-    answer = {"id": call.id, "model": call.model, **_account(ends[0], text)}
+    answer = {"id": call.id, "model": call.model, **_account(call, ends[0], table)}
+    if call.token_ids:
+        answer["prompt_token_ids"] = list(call.requests[0].prompt)
     if call.steered:
         answer["steering"] = receipt(ends[:1], call.programs[:1], text if call.trace else None)
     if len(ends) > 1:
-        answer["unsteered"] = _account(ends[1], text)
+        answer["unsteered"] = _account(call, ends[1], table)
     return answer
 
 
@@ -44,7 +46,7 @@ async def _chunks(call: Call, generation: Generation, table: TokenTable) -> Asyn
     """Text of both streams as it comes, the end of each with its usage, the receipt, the usage where asked for."""
     text = table.text
     ends: dict[int, Finished] = {}
-    offsets = [0] * len(call.requests)
+    offsets, begun = [0] * len(call.requests), False
     async for piece in pieces(generation):
         chunk: Json = {"id": call.id, "model": call.model, "stream": STREAMS[piece.index]}
         logprobs = [one.logprob for one in piece.deltas if one.logprob is not None]
@@ -53,6 +55,11 @@ async def _chunks(call: Call, generation: Generation, table: TokenTable) -> Asyn
             chunk |= {"text": "", "finish_reason": piece.finished.reason, "usage": usage([piece.finished], [0])}
         else:
             chunk |= {"text": piece.text, "finish_reason": None}
+        if call.token_ids:
+            if not begun:
+                chunk["prompt_token_ids"] = list(call.requests[0].prompt)
+            chunk["token_ids"] = [delta.token for delta in piece.deltas]
+        begun = True
         if logprobs:
             chunk["logprobs"] = completion_logprobs(logprobs, text, offsets[piece.index])
             offsets[piece.index] += sum(map(len, chunk["logprobs"]["tokens"]))
@@ -67,9 +74,13 @@ async def _chunks(call: Call, generation: Generation, table: TokenTable) -> Asyn
         yield {"id": call.id, "model": call.model, "stream": STREAMS[0], **both}
 
 
-def _account(end: Finished, text: TokenText) -> Json:
-    """Text, reason and usage of one request."""
+def _account(call: Call, end: Finished, table: TokenTable) -> Json:
+    """Text, reason, usage and what else was asked for of one request."""
     account: Json = {"text": end.text, "finish_reason": end.reason, "usage": usage([end], [0])}
     if end.logprobs is not None:
-        account["logprobs"] = completion_logprobs(end.logprobs, text)
+        account["logprobs"] = completion_logprobs(end.logprobs, table.text)
+    if call.prompt_logprobs is not None:
+        account["prompt_logprobs"] = prompt_logprobs(end.prompt_logprobs or (), call.prompt_logprobs, table)
+    if call.token_ids:
+        account["token_ids"] = list(end.tokens)
     return account

@@ -21,15 +21,16 @@ Detokenize = Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
 
 @router.get("/v1/models", responses=ERRORS)
 async def models(host: HostDep) -> Json:
-    """The served model."""
-    return {"object": "list", "data": [_model(host)]}
+    """The served model, and each of its presets as a model of its own."""
+    presets = await run_in_threadpool(host.presets.names)
+    return {"object": "list", "data": [_model(host), *(_model(host, preset) for preset in presets)]}
 
 
 @router.get("/v1/models/{model:path}", responses=ERRORS)
 async def model(model: str, host: HostDep) -> Json:
-    """One model; 404 for any but the served one."""
+    """One model; 404 for any but the served one and its presets."""
     host.require_model(model)
-    return _model(host)
+    return _model(host, host.preset_of(model))
 
 
 @router.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeRequest))
@@ -57,23 +58,17 @@ def _tokenized(host: Host, body: TokenizeRequest) -> Json:
 def _tokens(host: Host, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None and body.messages is None and not body.add_special_tokens:
         return list(host.plant.tokenizer(body.prompt, add_special_tokens=False).input_ids)
-    tokens = given_tokens(host, body)
-    if body.messages is None or body.add_generation_prompt in (None, True):
-        return tokens
-    closed = host.plant.tokenizer.apply_chat_template(
-        [message.plain() for message in body.messages], add_generation_prompt=False, tokenize=True, return_dict=False
-    )
-    return list(closed)
+    return given_tokens(host, body)
 
 
-def _model(host: Host) -> Json:
+def _model(host: Host, preset: str | None = None) -> Json:
     return {
-        "id": host.model_id,
+        "id": host.model_id if preset is None else f"{host.model_id}:{preset}",
         "object": "model",
         "created": host.created,
         "owned_by": "setpoint",
         "root": host.model_id,
-        "parent": None,
+        "parent": None if preset is None else host.model_id,
         "max_model_len": host.context,
         "fingerprint": host.plant.fingerprint,
     }

@@ -1,8 +1,7 @@
-"""`/v1/steering/…`: the types of interventions, the artifacts, and the projections of a prompt."""
+"""`/v1/steering/…`: the types of interventions, and the projections of a prompt."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -29,19 +28,6 @@ async def types() -> Json:
         for name, method in REGISTRY.items()
     ]
     return {"object": "list", "data": data}
-
-
-@router.get("/artifacts", responses=ERRORS)
-async def artifacts(host: HostDep) -> Json:
-    """The artifacts of the store, by name."""
-    entries = await run_in_threadpool(host.store.entries)
-    return {"object": "list", "data": [asdict(entry) for entry in entries]}
-
-
-@router.get("/artifacts/{name}", responses=ERRORS)
-async def artifact(name: str, host: HostDep) -> Json:
-    """One artifact, read and verified; 404 when there is none."""
-    return await run_in_threadpool(host.describe, name)
 
 
 @router.post("/trace", responses=ERRORS, openapi_extra=takes(TraceRequest))

@@ -6,9 +6,11 @@ validation error becomes one sentence about one field.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,8 +19,9 @@ from pydantic_core import ErrorDetails
 from server.schema.steering import known_keys
 from steering import REGISTRY, SteeringError, echo
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _PARAM_LIMIT = 200
+_SHOWN_LIMIT = 80
 INVALID_JSON = "The body is not valid JSON."
 _FIELD = re.compile(r"[a-z_]+(\.[a-z_]+|\[\d+\])*")
 """How a message of the library begins that names a field: relative to where it stands, so the full path replaces it."""
@@ -102,17 +105,25 @@ def from_validation(errors: Sequence[ErrorDetails], data: object) -> ApiError:
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
         path += ".type"
         given = value.get("type") if isinstance(value, dict) else None
-        message = f"{path}: expected one of {', '.join(REGISTRY)}, got {echo(given)}."
+        message = f"{path}: expected one of {', '.join(REGISTRY)}, got {_shown(given)}."
     elif kind in ("too_long", "too_short"):
         context = error.get("ctx", {})
         bound = f"at most {context['max_length']}" if kind == "too_long" else f"at least {context['min_length']}"
         message = f"{path}: expected {bound} items, got {context['actual_length']}."
     elif kind in ("model_type", "dataclass_type", "model_attributes_type"):
-        message = f"{path}: expected an object, got {echo(value)}."
+        message = f"{path}: expected an object, got {_shown(value)}."
     else:
         said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        message = f"{path}: expected {said}, got {echo(value)}."
+        message = f"{path}: expected {said}, got {_shown(value)}."
     return ApiError(400, message, param=path[:_PARAM_LIMIT] or None, code=code)
+
+
+def _shown(value: object) -> str:
+    """A value of the body for a message, cut as `echo` cuts it, but null, true and false as JSON writes them."""
+    if isinstance(value, (bool, dict, list, NoneType)):
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= _SHOWN_LIMIT else f"{text[: _SHOWN_LIMIT - 1]}…"
+    return echo(value)
 
 
 def _chief(errors: Sequence[ErrorDetails], data: object) -> ErrorDetails:

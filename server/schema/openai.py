@@ -1,7 +1,8 @@
 """Requests in OpenAI's shape, with vLLM's sampling fields and the `steering` object.
 
 Types only: whatever needs the model (lengths, token ids, concepts) is checked in `server.translate`. Unknown fields are
-tolerated, as OpenAI does; fields that are known, not supported and would change the answer are refused (`UNSUPPORTED`).
+tolerated, as OpenAI does; fields that are known, not supported where they stand and would change the answer are refused
+(`UNSUPPORTED`).
 """
 
 from __future__ import annotations
@@ -38,9 +39,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "logits_processors": _NOTHING,
     "modalities": (None, [], ["text"]),
     "prompt_embeds": _NOTHING,
-    "prompt_logprobs": (None, False),
-    "response_format": (None, {"type": "text"}),
-    "return_token_ids": _NOTHING,
     "skip_special_tokens": (None, True),
     "structured_outputs": _NOTHING,
     "suffix": (None,),
@@ -50,7 +48,8 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": _NOTHING,
     "web_search_options": (None,),
 }
-"""Fields that would change the answer and are not supported, each with the values that ask for nothing."""
+"""Fields that would change the answer, each with the values that ask for nothing. Refused with any other value wherever
+the body's model does not have them: `echo` is a field of text completions alone."""
 
 STEERING_KEYS = ("targets", "interventions", "preset", "guard", "trace")
 """Keys of `steering` that are refused beside it: tolerated as unknown fields, they would be served unsteered."""
@@ -62,6 +61,29 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(BaseModel):
+    """The schema that an answer must follow. It is always followed, whatever `strict` says."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """1 to 64 letters, digits, underscores or hyphens."""
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    """A JSON schema."""
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the answer's text must be: anything, any JSON object, or JSON that follows a schema."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    """With `json_schema` only."""
+
+
 class _Generation(BaseModel):
     """The fields that every way of generating shares. null is the same as absent."""
 
@@ -69,7 +91,8 @@ class _Generation(BaseModel):
 
     model: str | None = None
     """The served model's id; absent means that one."""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 reads the prompt only: for `echo` and `prompt_logprobs`."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -86,10 +109,26 @@ class _Generation(BaseModel):
     """Token id, as a string → a bias from -100 to 100."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Log-probabilities of the prompt's tokens and of so many alternatives, in vLLM's shape. Not with `stream`."""
+    return_token_ids: bool | None = None
+    """Token ids beside the text: `prompt_token_ids` and each choice's `token_ids`."""
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     steering: SteeringSpec | None = None
+
+
+class _Turn(BaseModel):
+    """How the end of `messages` is left: for a new answer (the default), closed, or open to be continued."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    add_generation_prompt: bool | None = None
+    """For messages: false leaves out the beginning of the model's answer."""
+    continue_final_message: bool | None = None
+    """For messages: leave the last one, the assistant's, open, so that the model goes on with it."""
 
 
 class TextPart(BaseModel):
@@ -100,7 +139,10 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a chat. Content is text, or parts of text, which are joined by newlines."""
+    """One turn of a chat. Content is text, or parts of text.
+
+    Parts are joined by newlines, as vLLM joins them for templates that take plain text (OpenAI's API does not say how).
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
@@ -133,11 +175,11 @@ Prompt = Annotated[
 """One text, one list of token ids, or several of either."""
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_Generation, _Turn):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     """As `max_tokens`, which it overrides; absent, the answer may fill the context."""
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     logprobs: bool | None = None
@@ -150,9 +192,11 @@ class CompletionRequest(_Generation):
     prompt: Prompt
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    """The prompt before the completion; with `logprobs` its tokens too, the first without a log-probability."""
 
 
-class GenerateRequest(_Generation):
+class GenerateRequest(_Generation, _Turn):
     """`POST /v1/generate`: one continuation, and with `compare` that of the unsteered twin."""
 
     prompt: str | TokenIds | None = None
@@ -166,7 +210,7 @@ class GenerateRequest(_Generation):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Turn):
     """`POST /tokenize`, in vLLM's shape."""
 
     model: str | None = None
@@ -175,8 +219,6 @@ class TokenizeRequest(BaseModel):
     """Either `prompt` or `messages`."""
     add_special_tokens: bool = True
     """For a prompt: whether to add the model's beginning-of-text token."""
-    add_generation_prompt: bool | None = None
-    """For messages: false leaves out the beginning of the model's answer."""
     return_token_strs: bool | None = None
 
 
@@ -199,10 +241,12 @@ class TraceRequest(BaseModel):
     units: Literal["centred", "contrast", "absolute"] = "centred"
 
 
-def unsupported_field(data: Mapping[str, Any]) -> str | None:
-    """The first field of `data` that asks for something this server cannot do."""
+def unsupported_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | None:
+    """The first field of `data` that asks for something which requests of this `model` cannot have."""
     for name, harmless in UNSUPPORTED.items():
-        if name in data and not any(type(data[name]) is type(value) and data[name] == value for value in harmless):
+        if name not in data or name in model.model_fields:
+            continue
+        if not any(type(data[name]) is type(value) and data[name] == value for value in harmless):
             return name
     return None
 

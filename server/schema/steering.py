@@ -2,12 +2,15 @@
 
 A new method needs no change here: its dataclass is a branch of the union, its fields are the accepted keys, and what
 its `__post_init__` refuses is a 400. `targets` come first in the program, then `interventions`, each in its own order.
+
+What steers a request may stand in three places, which superpose: the server's default, a preset, the request's own
+object. A `Composition` compiles them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, get_type_hints
@@ -73,7 +76,7 @@ class SteeringSpec(BaseModel):
     interventions: Annotated[list[InterventionSpec], Field(max_length=MAX_INTERVENTIONS)] = []  # type: ignore[valid-type]
     """Interventions in full. They superpose."""
     preset: str | None = None
-    """A saved steering object; this server has none."""
+    """Name of a saved steering object, which comes before this one."""
     default: Literal["compose", "replace"] = "compose"
     """Whether the server's default steering comes before this one."""
     guard: Guard | None = None
@@ -81,67 +84,136 @@ class SteeringSpec(BaseModel):
     trace: Literal["none", "tokens"] = "none"
     """`tokens` reports projection, setpoint and effort for every generated token and layer."""
 
-    def program(self, bench: Bench, targets_at: str = "steering.targets") -> Program:
-        """The compiled program. `targets_at` is where the caller wrote the targets, for messages.
+    def concepts(self) -> set[str]:
+        """The names of the artifacts that this object mentions."""
+        named = set(self.targets)
+        for one in (*self.interventions, *self.targets.values()):
+            for field in ("concept", "plan"):
+                if isinstance(name := getattr(one, field, None), str):
+                    named.add(name)
+            if (when := getattr(one, "when", None)) is not None:
+                named.add(when.concept)
+        return named
 
-        Raises SteeringError with `param` set to the field's path.
-        """
+    def check_saveable(self) -> None:
+        """Raises SpecError for what only a request can say: a saved object names no other one and asks for no trace."""
         if self.preset is not None:
-            raise SpecError(
-                "steering.preset",
-                expected="null, since this server has no presets",
-                got=self.preset,
-                advice="leave it out",
-            )
+            raise SpecError("preset", expected="null, since a saved object may not name another one", got=self.preset)
+        if self.trace != "none":
+            raise SpecError("trace", expected="none, since each request asks for its own trace", got=self.trace)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One steering object of a composition, and where its fields stand, for messages.
+
+    `base` is the path of the object, `targets_at` that of its targets. `saved` says what an error inside a saved object
+    is told of: the field that brought it in and its name, as ("steering.preset", "preset 'polite'").
+    """
+
+    spec: SteeringSpec
+    base: str = "steering"
+    targets_at: str = "steering.targets"
+    saved: tuple[str, str] | None = None
+
+    @classmethod
+    def of_saved(cls, spec: SteeringSpec, field: str = "", name: str = "") -> Part:
+        """A saved object, of which paths begin at its own root."""
+        return cls(spec, "", "targets", (field, name) if field else None)
+
+    def interventions(self) -> Iterator[tuple[str, Intervention]]:
+        """Path and intervention, targets first. Raises SteeringError that names the field."""
+        for name, target in self.spec.targets.items():
+            path = f"{self.targets_at}.{name[:_NAME_LIMIT]}"
+            yield path, _target(name, target, path)
+        for index, intervention in enumerate(self.spec.interventions):
+            yield f"{self.base}{'.' if self.base else ''}interventions[{index}]", intervention
+
+    def program(self, bench: Bench) -> Program:
+        """This part alone, compiled. Raises SteeringError that names the field."""
         try:
-            return self._compiled(bench, targets_at)
+            found = list(self.interventions())
+            return compile_program([one for _, one in found], bench, self.spec.guard, [path for path, _ in found])
         except SteeringError as error:
-            error.param = self._short(error.param, targets_at)
+            self._told(error)
             raise
 
-    def check_scopes(self, length: int, targets_at: str = "steering.targets") -> None:
+    def check_scopes(self, length: int) -> None:
+        """As `Composition.check_scopes`, for this part."""
+        for path, one in self.interventions():
+            scope = getattr(one, "apply", None)
+            if isinstance(scope, Scope) and _selects_nothing(scope, length):
+                raise self._told(
+                    SpecError(
+                        f"{path}.apply",
+                        expected=f"a token to act on, but none of the prompt's {length} tokens is chosen",
+                    )
+                )
+
+    def _told(self, error: SteeringError) -> SteeringError:
+        """The error with the path of its field; inside a saved object it names what brought that in."""
+        param = self._short(error.param)
+        if self.saved is not None:
+            field, name = self.saved
+            said = error.message.partition(": ")[2] or error.message
+            error.message = f"{field}: in {name}, {param}: {said}" if param else f"{field}: in {name}, {error.message}"
+            param = field
+        error.param = param
+        return error
+
+    def _short(self, param: str | None) -> str | None:
+        """A target's name is its key, and a target that is a number is its own setpoint: the path ends at the key."""
+        if param and param.endswith(".name"):  # what an unusable artifact says of itself; here it is a concept
+            param = f"{param.removesuffix('.name')}.concept"
+        for name, target in self.spec.targets.items():
+            path = f"{self.targets_at}.{name[:_NAME_LIMIT]}"
+            if param == f"{path}.concept" or (param == f"{path}.setpoint" and not isinstance(target, BaseModel)):
+                return path
+        return param
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What steers a request: the server's default, a preset, its own object, those that there are, in this order."""
+
+    parts: tuple[Part, ...]
+    trace: Literal["none", "tokens"] = "none"
+
+    def program(self, bench: Bench) -> Program:
+        """All parts superposed, under the stricter of every bound.
+
+        Raises SteeringError with `param` set to the field's path, SpecError for more interventions than allowed.
+        """
+        count = sum(len(part.spec.targets) + len(part.spec.interventions) for part in self.parts)
+        if count > MAX_INTERVENTIONS:
+            together = ", default and preset included" if any(part.saved for part in self.parts) else ""
+            raise SpecError(
+                self.parts[-1].base or "interventions",
+                expected=f"at most {MAX_INTERVENTIONS} targets and interventions{together}",
+                got=count,
+            )
+        programs = [part.program(bench) for part in self.parts]
+        guards = [part.spec.guard for part in self.parts if part.spec.guard is not None]
+        terms = tuple(term for program in programs for term in program.terms)
+        return Program(terms, reduce(_stricter, guards, Guard()))
+
+    def check_scopes(self, length: int) -> None:
         """Refuse what selects nothing in a prompt of `length` tokens: it would be served unsteered without a word.
 
         `none` for both prompt and generation stays legal, and so do positions of which one is inside.
         Raises SpecError.
         """
-        given = [
-            (f"{targets_at}.{name[:_NAME_LIMIT]}", getattr(one, "apply", None)) for name, one in self.targets.items()
-        ]
-        given += [
-            (f"steering.interventions[{index}]", getattr(one, "apply", None))
-            for index, one in enumerate(self.interventions)
-        ]
-        for path, scope in given:
-            if isinstance(scope, Scope) and _selects_nothing(scope, length):
-                raise SpecError(
-                    f"{path}.apply", expected=f"a token to act on, but none of the prompt's {length} tokens is chosen"
-                )
+        for part in self.parts:
+            part.check_scopes(length)
 
-    def _compiled(self, bench: Bench, targets_at: str) -> Program:
-        found: list[Intervention] = []
-        paths: list[str] = []
-        for name, target in self.targets.items():
-            paths.append(f"{targets_at}.{name[:_NAME_LIMIT]}")
-            found.append(_target(name, target, paths[-1]))
-        for index, intervention in enumerate(self.interventions):
-            paths.append(f"steering.interventions[{index}]")
-            found.append(intervention)
-        if len(found) > MAX_INTERVENTIONS:
-            raise SpecError(
-                "steering", expected=f"at most {MAX_INTERVENTIONS} targets and interventions", got=len(found)
-            )
-        return compile_program(found, bench, self.guard, paths)
 
-    def _short(self, param: str | None, targets_at: str) -> str | None:
-        """A target's name is its key, and a target that is a number is its own setpoint: the path ends at the key."""
-        if param and param.endswith(".name"):  # what an unusable artifact says of itself; here it is a concept
-            param = f"{param.removesuffix('.name')}.concept"
-        for name, target in self.targets.items():
-            path = f"{targets_at}.{name[:_NAME_LIMIT]}"
-            if param == f"{path}.concept" or (param == f"{path}.setpoint" and not isinstance(target, BaseModel)):
-                return path
-        return param
+def _stricter(a: Guard, b: Guard) -> Guard:
+    """The smaller of each bound; None is no bound."""
+
+    def least(x: float | None, y: float | None) -> float | None:
+        return min(x, y) if x is not None and y is not None else y if x is None else x
+
+    return Guard(max_effort=least(a.max_effort, b.max_effort), max_kl=least(a.max_kl, b.max_kl))
 
 
 def _selects_nothing(scope: Scope, length: int) -> bool:

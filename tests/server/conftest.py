@@ -58,11 +58,13 @@ def folder(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(plant: Plant, folder: Path, settings: ServerSettings, **sizes: int) -> Iterator[str]:
+def serving(
+    plant: Plant, folder: Path, settings: ServerSettings, builtin: Path | None = None, **sizes: int
+) -> Iterator[str]:
     """A running server's address."""
     engine = Engine(plant, EngineSettings(**{"max_batch": 8, **sizes}))
     engine.start()
-    host = Host(plant, engine, Store(folder), "tiny")
+    host = Host(plant, engine, Store(folder, builtin), "tiny")
     app = create_app(settings, host)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

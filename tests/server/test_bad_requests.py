@@ -45,7 +45,7 @@ STEERING: list[tuple[Any, str, str]] = [
     ({"interventions": [{**LQR, "type": "lqrr"}]}, f"{I0}.type", "ablate, add, clamp, lqr, pid"),
     ({"interventions": [{"concept": "happy"}]}, f"{I0}.type", "ablate, add, clamp, lqr, pid"),
     ({"interventions": [LQR, {"type": "lqr", "setpoint": 1}]}, "steering.interventions[1].concept", "required"),
-    ({"interventions": [{"type": "add", "inline": {}}]}, f"{I0}.inline", "unknown field"),
+    ({"interventions": [{"type": "add", "inline": {}}]}, f"{I0}.inline", "at least one vector"),
     (one(setpoint="1"), f"{I0}.setpoint", "number"),
     (one(setpoint=None), f"{I0}.setpoint", "number"),
     (one(concept="nobody"), f"{I0}.concept", "happy"),
@@ -57,7 +57,7 @@ STEERING: list[tuple[Any, str, str]] = [
     (one(units="feet"), f"{I0}.units", "'centred', 'contrast' or 'absolute'"),
     (one(gains="matrix_free"), f"{I0}.gains", "dense"),
     (one(max_effort=-1), f"{I0}.max_effort", "finite number"),
-    (one(when={"concept": "happy"}), f"{I0}.when", "unknown field"),
+    (one(when={"concept": "happy"}), f"{I0}.when.layer", "required"),
     (one(apply={"prompt": "lst"}), f"{I0}.apply.prompt", "'none', 'last' or 'all'"),
     (one(apply={"prompt": {"positions": []}}), f"{I0}.apply.prompt.positions", "1 to 4096"),
     (one(apply={"prompt": {"window": [1]}}), f"{I0}.apply.prompt.window[1]", "required"),
@@ -80,7 +80,7 @@ STEERING: list[tuple[Any, str, str]] = [
     ({"guard": {"on_nonfinite": "ignore"}}, "steering.guard.on_nonfinite", "'abort'"),
     ({"trace": "all"}, "steering.trace", "'none' or 'tokens'"),
     ({"default": "none"}, "steering.default", "'compose' or 'replace'"),
-    ({"preset": "support-agent"}, "steering.preset", "no presets"),
+    ({"preset": "support-agent"}, "steering.preset", "a preset of this server"),
 ]
 
 
@@ -157,14 +157,15 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT_PATH, {"prompt": "a", "stream": "yes"}, "stream"),
     (TEXT_PATH, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
     *((TEXT_PATH, {"prompt": "a", **extra}, next(iter(extra))) for extra in (
-        {"best_of": 2}, {"best_of": 1}, {"suffix": "x"}, {"suffix": ""}, {"echo": True},
-        {"prompt_logprobs": 0}, {"use_beam_search": True},
-        {"guided_regex": "a"}, {"return_token_ids": True}, {"truncate_prompt_tokens": 5},
+        {"best_of": 2}, {"best_of": 1}, {"suffix": "x"}, {"suffix": ""}, {"echo": "yes"},
+        {"prompt_logprobs": 21}, {"prompt_logprobs": False}, {"use_beam_search": True},
+        {"guided_regex": "a"}, {"return_token_ids": 1}, {"truncate_prompt_tokens": 5},
+        {"continue_final_message": True}, {"add_generation_prompt": False},
     )),
     *((CHAT_PATH, {"messages": CHAT, **extra}, next(iter(extra))) for extra in (
-        {"tools": [{"type": "function"}]}, {"tools": []}, {"add_generation_prompt": False},
-        {"tool_choice": "required"}, {"response_format": {"type": "json_object"}},
-        {"functions": [{}]}, {"continue_final_message": True}, {"modalities": ["audio"]},
+        {"tools": [{"type": "function"}]}, {"tools": []}, {"add_generation_prompt": 1},
+        {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}, {"response_format": "json"},
+        {"functions": [{}]}, {"continue_final_message": True}, {"modalities": ["audio"]}, {"echo": True},
     )),
 ]  # fmt: skip
 
@@ -309,6 +310,64 @@ def test_positions_of_which_one_is_inside_and_none_at_all_are_legal(client: http
 def test_what_is_no_json_has_one_message(client: httpx.Client, content: bytes) -> None:
     found = error(client.post(TEXT_PATH, content=content, headers={"Content-Type": "application/json"}), 400)
     assert (found["message"], found["code"]) == ("The body is not valid JSON.", "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ('{"prompt": "a", "prompt": "b"}', "prompt"),
+        (
+            '{"prompt": "a", "max_tokens": 1, "steering": {"targets": {"happy": 1, "happy": 2}}}',
+            "steering.targets.happy",
+        ),
+        ('{"prompt": "a", "made_up": [0, {"x": {}, "x": 1}]}', "made_up[1].x"),
+        ('{"prompt": "a", "temperature": NaN, "temperature": 1}', "temperature"),
+        ('{"prompt": "a", "steering": {"a": {"b": 1, "b": 1}}, "steering": {}}', "steering"),
+        ('{"prompt": "a", "seed": 1, "s\\u0065ed": 1}', "seed"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(client: httpx.Client, body: str, param: str) -> None:
+    found = error(client.post(TEXT_PATH, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert (found["param"], found["code"]) == (param, "invalid_value")
+    assert "twice" in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "end"),
+    [
+        ({"prompt": None}, "got null."),
+        ({"prompt": "a", "max_tokens": True}, "got true."),
+        ({"prompt": "a", "temperature": [None, False]}, "got [null, false]."),
+        ({"prompt": "a", "temperature": {"é": 1}}, 'got {"é": 1}.'),
+        ({"prompt": "a", "temperature": "hot"}, "got 'hot'."),
+        ({"prompt": "a", "temperature": [0] * 100}, "0, …."),
+    ],
+    ids=str,
+)
+def test_messages_speak_json(client: httpx.Client, body: dict[str, Any], end: str) -> None:
+    assert error(client.post(TEXT_PATH, json=body), 400)["message"].endswith(end)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"prompt": [64]}, {"prompt": "a", "stop_token_ids": [64]}, {"prompt": "a", "logit_bias": {"64": 1}}],
+    ids=str,
+)
+def test_a_token_that_is_not_there_is_an_invalid_value(client: httpx.Client, body: dict[str, Any]) -> None:
+    found = error(client.post(TEXT_PATH, json=body), 400)
+    assert found["code"] == "invalid_value"
+    assert "from 0 to 63, got 64" in found["message"]
+
+
+def test_nothing_to_generate_needs_a_reason(client: httpx.Client) -> None:
+    read = {"prompt": "the cat", "max_tokens": 0}
+    found = error(client.post(TEXT_PATH, json=read), 400)
+    assert found["message"] == "max_tokens: expected at least 1, or 0 together with echo or prompt_logprobs, got 0."
+    assert client.post(TEXT_PATH, json={**read, "echo": True}).json()["choices"][0]["text"] == "the cat"
+    assert client.post(TEXT_PATH, json={**read, "prompt_logprobs": 0}).json()["choices"][0]["text"] == ""
+    full = {"prompt": [5] * 4096, "max_tokens": 0, "echo": True}
+    assert client.post(TEXT_PATH, json=full).json()["usage"]["prompt_tokens"] == 4096
+    assert error(client.post(TEXT_PATH, json={**full, "prompt": [5] * 4097}), 400)["param"] == "prompt"
 
 
 def test_a_pair_of_surrogates_is_a_character(client: httpx.Client) -> None:

@@ -9,6 +9,8 @@ from typer.testing import CliRunner, Result
 
 from server.cli import app
 from steering import Store
+from steering.gguf import read_vectors
+from tests.test_gguf import vectors, write
 
 POSITIVE = ["the cat is good and happy", "we love the big dog", "they like the nice bird", "a happy day in the sun"]
 NEGATIVE = ["the cat is bad and sad", "we hate the big dog", "they hate the rude bird", "a sad day in the night"]
@@ -140,6 +142,52 @@ def test_verify_finds_the_damaged_file(folder: Path) -> None:
     result = run("artifacts", "verify", "--store", folder, "--json")
     assert result.exit_code == 1
     assert [one["name"] for one in json.loads(result.stdout)["data"] if not one["ok"]] == ["broken"]
+
+
+def test_import_and_export(model_folder: Path, folder: Path, tmp_path: Path) -> None:
+    store, files = tmp_path / "store", tmp_path / "files"
+    options = ["--store", store]
+    whole = run("artifacts", "export", "happy", "-o", files / "out.safetensors", "--store", folder)
+    assert whole.exit_code == 0, whole.output
+    brought = run("artifacts", "import", files / "out.safetensors", *options, "--json")
+    assert brought.exit_code == 0, brought.output
+    assert json.loads(brought.stdout)["fingerprint"] == Store(folder).load("happy").fingerprint
+    assert run("artifacts", "import", files / "out.safetensors", "--name", "again", *options).exit_code == 0
+    assert Store(store).load("again").fingerprint == Store(folder).load("happy").fingerprint
+
+    model = ["--model", model_folder, *options]
+    given = vectors(1, 2, width=32)
+    write(files / "My Vector.gguf", given)
+    made = run("artifacts", "import", files / "My Vector.gguf", *model)
+    assert made.exit_code == 0, made.output
+    assert Store(store).load("my-vector").body["layers"] == [1, 2]
+    out = files / "back.gguf"
+    assert run("artifacts", "export", "my-vector", "--format", "gguf", "--output", out, *options).exit_code == 0
+    back = read_vectors(out)
+    assert {block: vector.numpy().tobytes() for block, vector in back.vectors.items()} == {
+        block: vector.tobytes() for block, vector in given.items()
+    }
+    fitted = run("artifacts", "export", "happy", "--format", "gguf", "-o", out, *model)
+    assert fitted.exit_code == 0, fitted.output
+    assert read_vectors(out).hint == "llama"
+    apart = run("artifacts", "import", write(files / "apart.gguf", vectors(0, 2, width=32)), *model)
+    assert apart.exit_code == 0, apart.output
+    assert "[2]" in apart.stderr
+
+
+def test_what_is_not_imported_or_exported(folder: Path, tmp_path: Path) -> None:
+    store = ["--store", tmp_path / "store"]
+    whole = folder / "happy.safetensors"
+    refused(run("artifacts", "import", tmp_path / "absent", *store), "exists")
+    refused(run("artifacts", "import", folder / "broken.safetensors", *store), "hash")
+    refused(run("artifacts", "import", whole, "--name", "No", *store), "name")
+    refused(run("artifacts", "import", whole, "--name", "polite", *store), "built-in")
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(99))
+    refused(run("artifacts", "import", bad, *store), "GGUF")
+    refused(run("artifacts", "export", "polite", "--format", "pickle", *store), "gguf")
+    refused(run("artifacts", "export", "nobody", *store), "no artifact")
+    assert not (tmp_path / "store").exists()
 
 
 def test_every_option_has_an_environment_variable() -> None:

@@ -57,6 +57,32 @@ def test_messages(client: httpx.Client) -> None:
     assert client.post(PATH, json=fields).json()["text"] == chat["choices"][0]["message"]["content"]
 
 
+def test_what_else_can_be_asked_for(client: httpx.Client) -> None:
+    body = {**BASE, "targets": {"happy": 9.0}, "compare": True, "return_token_ids": True}
+    whole = client.post(PATH, json={**body, "prompt_logprobs": 1}).json()
+    assert len(whole["prompt_logprobs"]) == len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
+    assert whole["unsteered"]["prompt_logprobs"][:1] == [None]
+    assert len(whole["token_ids"]) == len(whole["unsteered"]["token_ids"]) == 10
+    chunks = events(client, PATH, body)
+    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+    for name, own in (("steered", whole), ("unsteered", whole["unsteered"])):
+        assert [t for c in chunks if c["stream"] == name for t in c.get("token_ids", [])] == own["token_ids"]
+    read = client.post(PATH, json={**BASE, "max_tokens": 0, "prompt_logprobs": 0}).json()
+    assert (read["text"], read["finish_reason"], read["usage"]["completion_tokens"]) == ("", "length", 0)
+
+
+def test_the_last_message_is_continued(client: httpx.Client) -> None:
+    messages = [*CHAT, {"role": "assistant", "content": "the dog"}]
+    body = {"messages": messages, "continue_final_message": True}
+    tokens = client.post("/tokenize", json={**body, "return_token_strs": True}).json()
+    assert tokens["token_strs"][-3:] == ["<assistant>", "the", "dog"]
+    fields = {"max_tokens": 4, "temperature": 0, "return_token_ids": True}
+    assert client.post(PATH, json={**body, **fields}).json()["prompt_token_ids"] == tokens["tokens"]
+    found = error(client.post(PATH, json={"prompt": "the cat", "continue_final_message": True}), 400)
+    assert found["param"] == "continue_final_message"
+
+
 def test_refusals(client: httpx.Client) -> None:
     assert error(client.post(PATH, json={}), 400)["param"] == "prompt"
     assert error(client.post(PATH, json={"prompt": "a", "messages": CHAT}), 400)["param"] == "prompt"

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from server.account import completion_logprobs
+from server.account import completion_logprobs, echoed_logprobs, prompt_logprobs, text_offsets
 from server.tokens import TokenTable
 from steering.runtime import TokenLogprob
 from tests.plants import tiny_tokenizer
@@ -48,3 +48,37 @@ def test_offsets_are_where_the_tokens_begin() -> None:
     found = completion_logprobs(given, ["ab", "", "cde"].__getitem__, 5)
     assert found["text_offset"] == [5, 7, 7]
     assert completion_logprobs([], str)["text_offset"] == []
+
+
+def test_offsets_in_a_text_count_its_characters() -> None:
+    tokenizer = byte_level()
+    text = "aé😀b"
+    pieces = [bytes(TokenTable(tokenizer).octets(token) or ()) for token in tokenizer(text).input_ids]
+    assert text_offsets(text, pieces) == [0, 1, 1, 2, 2, 2, 2, 3]
+    assert text_offsets(text, [b"<bos>", *pieces, b"<eos>"]) == [0, 0, 1, 1, 2, 2, 2, 2, 3, 4]
+    assert text_offsets("the cat", [b"the", b"cat"]) == [0, 3]  # a tokenizer that forgets spaces
+    assert text_offsets("ab", [b"abcd", b"ef"]) == [0, 2]
+    assert text_offsets("", [b"<bos>"]) == [0]
+
+
+def test_of_tokens_that_read_the_same_the_likelier_is_told() -> None:
+    one = TokenLogprob(7, -3.0, ((5, -1.0), (6, -2.0)), rank=3)
+    names = {5: "a", 6: "b", 7: "a"}.__getitem__
+    assert completion_logprobs([one], names)["top_logprobs"] == [{"a": -1.0, "b": -2.0}]
+    assert completion_logprobs([TokenLogprob(5, -float("inf"))], names)["token_logprobs"] == [-9999.0]
+
+
+def test_the_first_token_of_a_prompt_has_no_logprob() -> None:
+    table = TokenTable(tiny_tokenizer())
+    given = [None, TokenLogprob(10, -3.0, ((9, -1.0), (10, -3.0)), rank=2)]
+    echoed = echoed_logprobs("a cat", [9, 10], given, 1, table)
+    assert echoed == {
+        "tokens": ["a", "cat"],
+        "token_logprobs": [None, -3.0],
+        "top_logprobs": [None, {"a": -1.0, "cat": -3.0}],
+        "text_offset": [0, 1],
+    }
+    cat = {"logprob": -3.0, "rank": 2, "decoded_token": "cat"}
+    a = {"logprob": -1.0, "rank": 1, "decoded_token": "a"}
+    assert prompt_logprobs(given, 2, table) == [None, {"10": cat, "9": a}]
+    assert prompt_logprobs(given, 0, table) == [None, {"10": cat}]

@@ -1,0 +1,123 @@
+"""From the bodies of jobs to their work. All that can be wrong with a body is found here, before the job is queued."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from server.account import Json
+from server.background import Pace, own_stream
+from server.host import Host
+from server.jobs import Done, Job, Task
+from server.schema.jobs import FitMethod, FitRequest, SweepRequest, plain
+from steering import FitSettings, Scope, SpecError, SteeringError, fit_concept
+from steering.artifact import checked_name
+from steering.demo.contrast import prompts as held_out
+from steering.demo.judges import JUDGES, Judge
+from steering.evaluation import Sweep, run_sweep
+from steering.fit import Example, checked_class, encode_class
+
+USABLE_AUROC = 0.7
+"""Below it a direction hardly tells the classes apart, and the job warns."""
+SWEEP_PROMPTS = 32
+"""Held-out prompts of a sweep that names none."""
+
+
+def fit_task(body: FitRequest, host: Host) -> Task:
+    """The fit of one concept. Raises SteeringError that names the field or the row."""
+    host.store.require_own(checked_name(body.name))
+    settings = _settings(body.method, host.plant.depth)
+    classes = {"positive": [plain(row) for row in body.positive], "negative": [plain(row) for row in body.negative]}
+    for side, rows in classes.items():
+        encode_class(host.plant, side, checked_class(side, rows), settings)
+    return Task("fit", body.name, partial(_fit, host, body.name, classes, settings), writes=body.name)
+
+
+def _settings(method: FitMethod, depth: int) -> FitSettings:
+    """The settings of a fit for a model of `depth` blocks. Raises SteeringError that names `method.…`."""
+    given: dict[str, Any] = method.model_dump(exclude_none=True, exclude={"direction"})
+    if "gains" in given:
+        given["gains"] = (given["gains"],) if isinstance(given["gains"], str) else tuple(given["gains"])
+    if "layers" in given:
+        given["layers"] = tuple(given["layers"])
+    try:
+        settings = FitSettings(**given)
+        settings.controlled(depth)
+    except SteeringError as error:
+        raise error.at("method") from error
+    return settings
+
+
+def _fit(host: Host, name: str, classes: dict[str, list[Example]], settings: FitSettings, job: Job) -> Done:
+    """Fit and save. Nothing is written before the fit is complete."""
+    with own_stream(host.plant.device):
+        concept = fit_concept(
+            host.plant, name, classes["positive"], classes["negative"], settings, job.report, _pace(host, job)
+        )
+    artifact = concept.artifact()
+    result: Json = {"fingerprint": artifact.fingerprint, "quality": dict(concept.quality), "warning": None}
+    if (best := max(concept.quality["auroc"])) < USABLE_AUROC:
+        on = concept.quality["measured_on"]
+        result["warning"] = (
+            f"No layer tells the classes apart (best AUROC {best:.2f} on {on} examples): give more examples, and "
+            "clearer ones."
+        )
+    job.report("saving", 1.0)  # the last moment at which the job can be cancelled
+    host.store.save(artifact)
+    return Done(name, result)
+
+
+def sweep_task(body: SweepRequest, host: Host) -> Task:
+    """A dose–response curve of one concept. Raises SteeringError that names the field."""
+    is_ready = _is_ready(host, body.concept)
+    name = body.judge or (body.concept if is_ready else None)
+    if name is not None and name not in JUDGES:
+        raise SpecError("judge", expected=f"null, or one of {', '.join(JUDGES)}", got=name)
+    judge: Judge | None = JUDGES[name] if name else None
+    sweep = Sweep(
+        concept=body.concept,
+        type=body.type,
+        grid=tuple(body.grid),
+        prompts=_prompts(body, is_ready),
+        apply=body.apply or Scope(),
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        seed=body.seed,
+        judge=judge,
+    )
+    sweep.programs(host.shelf)
+    sweep.metered(host.shelf)
+    sweep.encoded(host.plant, host.context)
+    return Task("sweep", body.concept, partial(_sweep, host, sweep, name))
+
+
+def _prompts(body: SweepRequest, is_ready: bool) -> tuple[Example, ...]:
+    if body.prompts is not None:
+        return tuple(plain(prompt) for prompt in body.prompts)
+    if not is_ready:
+        raise SpecError("prompts", expected="prompts, since this concept has none of its own")
+    return tuple(held_out(body.concept, "neutral", "test", SWEEP_PROMPTS))
+
+
+def _sweep(host: Host, sweep: Sweep, judge: str | None, job: Job) -> Done:
+    with own_stream(host.plant.device):
+        found = run_sweep(host.plant, host.shelf, host.engine, sweep, job.report, _pace(host, job))
+    return Done(result={**found, "judge": judge})
+
+
+def _is_ready(host: Host, concept: str) -> bool:
+    """Whether `concept` is one that ships with the model that is served: it has a judge and held-out prompts."""
+    return any(
+        entry.name == concept and entry.builtin and entry.model == host.plant.fingerprint
+        for entry in host.store.entries()
+    )
+
+
+def _pace(host: Host, job: Job) -> Pace:
+    """The pauses of a job, made on its own thread."""
+
+    def is_busy() -> bool:
+        stats = host.engine.stats()
+        return stats.running + stats.waiting > 0
+
+    return Pace(is_busy, job.stop)
