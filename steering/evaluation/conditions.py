@@ -18,7 +18,7 @@ GRID = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 METHODS: Mapping[str, tuple[float, ...]] = {
     "none": (0.0,),
-    "add": GRID,
+    "add": (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0),  # open loop, it needs more against a prompt that pushes the other way
     "ablate": (0.5, 1.0),
     "clamp": GRID,
     "pid": GRID,

@@ -171,7 +171,8 @@ def run_sweep(
 def generate_few(engine: Engine, requests: Sequence[Request], width: int, pause: Callable[[], None]) -> list[Finished]:
     """Run requests on a started engine, at most `width` at a time, to their ends and in the order given.
 
-    Where no place is free one is asked for at a time. What `pause` raises aborts those that run.
+    Where no place is free one is asked for at a time. What `pause` raises aborts those that run. Raises QueueFull when
+    the engine shuts down.
     """
     waiting = deque(requests)
     done: dict[str, Finished] = {}
@@ -195,7 +196,7 @@ def generate_few(engine: Engine, requests: Sequence[Request], width: int, pause:
                     engine.submit(waiting[0], deliver)
                 except BaseException as error:
                     running.discard(waiting[0].id)
-                    if not isinstance(error, QueueFull):
+                    if engine.is_closing or not isinstance(error, QueueFull):
                         raise
                     break
                 waiting.popleft()
