@@ -65,9 +65,10 @@ class Access:
         if is_user:
             raise ApiError(403, "This call writes: expected the admin key.", code="admin_key_required")
         kind = "admin" if is_write and self.admin_key else "API"
+        given = "another key" if token else "no key"
         raise ApiError(
             401,
-            f"Expected the header Authorization: Bearer <{kind} key>.",
+            f"Expected the header Authorization: Bearer <{kind} key>, got {given}.",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )

@@ -86,18 +86,28 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], table: TokenTable) -> Json:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(logprobs: Sequence[TokenLogprob], text: TokenText, offset: int = 0) -> Json:
+def completion_logprobs(logprobs: Sequence[TokenLogprob], table: TokenTable, offset: int = 0) -> Json:
     """Log-probabilities in the shape of text completions. `offset`: characters of the text before these tokens.
 
-    `top_logprobs` has the chosen token too, so up to one more than was asked for, as OpenAI's API has it.
+    `top_logprobs` has the chosen token too, so up to one more than was asked for, as OpenAI's API has it. Of a token
+    that begins inside of a character `text_offset` is that character's.
     """
-    tokens = [text(one.token) for one in logprobs]
+    octets = [_octets(one.token, table) for one in logprobs]
+    starts = accumulate(map(_characters, octets), initial=offset)
     return {
-        "tokens": tokens,
+        "tokens": [table.text(one.token) for one in logprobs],
         "token_logprobs": [max(one.logprob, _LEAST) for one in logprobs],
-        "top_logprobs": [_top(one, len(one.top), text) for one in logprobs],
-        "text_offset": list(accumulate(map(len, tokens), initial=offset))[: len(tokens)],
+        "top_logprobs": [_top(one, len(one.top), table.text) for one in logprobs],
+        "text_offset": [
+            start if not data or _begins(data[0]) else max(start - 1, 0)
+            for start, data in zip(starts, octets, strict=False)
+        ],
     }
+
+
+def spelled(logprobs: Sequence[TokenLogprob], table: TokenTable) -> int:
+    """How many characters these tokens begin: what they add to the `offset` of those that follow."""
+    return sum(_characters(_octets(one.token, table)) for one in logprobs)
 
 
 def echoed_logprobs(
@@ -108,7 +118,7 @@ def echoed_logprobs(
         "tokens": [table.text(token) for token in tokens],
         "token_logprobs": [None if one is None else max(one.logprob, _LEAST) for one in logprobs],
         "top_logprobs": [None if one is None else _top(one, n_top, table.text) for one in logprobs],
-        "text_offset": text_offsets(prompt, [bytes(table.octets(t) or table.text(t).encode()) for t in tokens]),
+        "text_offset": text_offsets(prompt, [_octets(token, table) for token in tokens]),
     }
 
 
@@ -136,9 +146,23 @@ def text_offsets(text: str, tokens: Sequence[bytes]) -> list[int]:
     """
     data = text.encode()
     before = max(b"".join(tokens).find(data), 0)
-    character = list(accumulate(((byte & 0xC0) != 0x80 for byte in data), initial=-1))[1:]  # of every byte
+    character = list(accumulate(map(_begins, data), initial=-1))[1:]  # of every byte
     starts = list(accumulate(map(len, tokens), initial=-before))[: len(tokens)]
     return [len(text) if start >= len(data) else character[max(start, 0)] for start in starts]
+
+
+def _octets(token: int, table: TokenTable) -> bytes:
+    """A token's bytes, those of its text where its own are not known."""
+    return bytes(table.octets(token) or table.text(token).encode())
+
+
+def _begins(byte: int) -> bool:
+    """Whether a byte of UTF-8 is the first of a character."""
+    return (byte & 0xC0) != 0x80
+
+
+def _characters(data: bytes) -> int:
+    return sum(map(_begins, data))
 
 
 def _top(one: TokenLogprob, n_top: int, text: TokenText) -> dict[str, float]:

@@ -64,7 +64,9 @@ def create_app(settings: ServerSettings | None = None, host: Host | None = None,
     `uvicorn --factory server:create_app` works too: the settings then come from `SETPOINT_…` variables.
     """
     settings = settings or ServerSettings.from_env()
-    app = FastAPI(title="Setpoint", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Setpoint", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.settings = settings
     app.state.service = Service(settings, host)
     app.state.loads = loads

@@ -43,6 +43,8 @@ def json_body(model: type[Body], *, refuse: bool = False) -> Callable[[Request],
     """A dependency that reads the request's body as `model`. `refuse`: apply the table of unsupported fields."""
 
     async def read(request: Request) -> Body:
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "Expected a body without Content-Encoding.", code="unsupported_media_type")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Expected the header Content-Type: application/json.", code="unsupported_media_type")
@@ -56,7 +58,8 @@ def parsed(model: type[Body], raw: bytes, *, refuse: bool = False) -> Body:
     """`raw` as `model`. Raises ApiError 400."""
     data = _document(raw)
     if refuse and (name := misplaced_field(data, model)):
-        raise ApiError(400, f"{name}: put it into `steering`.", param=name, code="misplaced_field")
+        where = "the body as `steering`" if name.lower().endswith(("steer", "steering")) else "`steering`"
+        raise ApiError(400, f"{name}: put it into {where}.", param=name, code="misplaced_field")
     if refuse and (name := unsupported_field(data, model)):
         raise ApiError(
             400, f"{name}: not supported by this server; leave it out.", param=name, code="unsupported_field"
@@ -93,6 +96,11 @@ def _document(raw: bytes) -> dict[str, Any]:
         data = json.loads(raw.decode("utf-8"), parse_float=number, parse_constant=number, object_pairs_hook=members)
         if _SURROGATE.search(raw):  # half of a pair cannot be written back, not even in an error
             json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"The body is not valid JSON: {error.msg} at {where}.", code="invalid_json") from error
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "The body holds half of a surrogate pair.", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
         raise invalid from error
     if not isinstance(data, dict):

@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 
 from server.metrics import Metrics, Watch
 from server.schema.errors import ApiError, from_steering
-from steering import Delta, Diverged, Engine, Finished, Request, SteeringError
+from steering import Delta, Diverged, Engine, Finished, Request, SpecError, SteeringError
 
 
 class Generation:
@@ -40,8 +40,10 @@ class Generation:
         try:
             for index, request in enumerate(self._requests):
                 self._engine.submit(request, partial(self._deliver, index))
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, SpecError) and (error.param or "").startswith("guard"):  # of a whole program
+                error.at("steering")
             raise
 
     def _deliver(self, index: int, event: Delta | Finished) -> None:

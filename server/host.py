@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from server.settings import ServerSettings
 from server.tokens import TokenTable
 from steering import (
     Artifact,
+    ArtifactCorrupt,
     ArtifactNotFound,
     Engine,
     EngineSettings,
@@ -38,6 +40,8 @@ from steering.demo import CONCEPTS, MODEL, MODEL_ID
 from steering.gguf import Target
 
 State = Literal["loading", "ready", "draining"]
+READERS = 2
+"""Captures and traces that run at a time: each is a forward pass with all its states in memory, and a thread."""
 
 
 def open_store(folder: Path) -> Store:
@@ -61,13 +65,27 @@ def served_name(model: str | None) -> str:
     )
 
 
-def describe(store: Store, name: str) -> dict[str, Any]:
-    """What there is to say about one artifact of `store`. Raises ArtifactNotFound, ArtifactCorrupt."""
+@contextmanager
+def reading(store: Store, name: str) -> Iterator[Path]:
+    """The file of an artifact, to be read in the block. Raises ArtifactNotFound, also for an impossible name and for a
+    file that is deleted meanwhile."""
+    absent = ArtifactNotFound(f"There is no artifact named {echo(name)}.", param="name")
     try:
         path = store.path(name)
     except SpecError as error:
-        raise ArtifactNotFound(f"There is no artifact named {echo(name)}.", param="name") from error
-    found = Artifact.load(path)
+        raise absent from error
+    try:
+        yield path
+    except (FileNotFoundError, ArtifactCorrupt) as error:
+        if path.is_file():
+            raise
+        raise absent from error
+
+
+def describe(store: Store, name: str) -> dict[str, Any]:
+    """What there is to say about one artifact of `store`. Raises ArtifactNotFound, ArtifactCorrupt."""
+    with reading(store, name) as path:
+        found, size = Artifact.load(path), path.stat().st_size
     quality = found.body.get("quality")
     return {
         **found.body,  # first: what a file says of itself cannot stand for what it is
@@ -78,7 +96,7 @@ def describe(store: Store, name: str) -> dict[str, Any]:
         "model": found.model,
         "created": found.created,
         "builtin": path.parent == store.builtin,
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "tensors": {
             key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for key, tensor in sorted(found.tensors.items())
@@ -191,6 +209,7 @@ class Service:
         self.metrics = Metrics(lambda: None if self.host is None else self.host.engine)
         self.jobs = Jobs()
         self.metrics.watch_jobs(self.jobs)
+        self.readers = asyncio.Semaphore(READERS)
         self._running: set[Generation] = set()
 
     @property

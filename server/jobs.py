@@ -53,13 +53,14 @@ class Done:
 class Task:
     """Work to be done. `work` gets the running job, whose `report` and `stop` it uses; `name` is the concept's.
 
-    Two tasks that write the same artifact do not wait or run at the same time.
+    Two tasks that write the same artifact do not wait or run at the same time, and what one reads is not deleted.
     """
 
     kind: Kind
     name: str
     work: Callable[[Job], Done]
     writes: str | None = None
+    reads: str | None = None
 
 
 @dataclass(eq=False)
@@ -169,6 +170,10 @@ class Jobs:
         with self._change:
             return list(self._jobs.values())
 
+    def reads(self, artifact: str) -> bool:
+        """Whether a job that waits or runs needs an artifact."""
+        return any(job.task.reads == artifact for job in self.all() if not job.is_over)
+
     def counts(self) -> dict[str, int]:
         """Jobs that wait and run now, and those that ended each way since the start."""
         with self._change:
@@ -185,6 +190,9 @@ class Jobs:
             if job.state == "queued":
                 self._queue.remove(job)
                 self._end(job, "cancelled")
+            else:
+                job.stage = "cancelling"
+                self._publish(job)
             self._change.notify_all()
         return job
 

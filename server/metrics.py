@@ -31,6 +31,8 @@ JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _RATIO = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_MOST = 100.0
+"""Ratios beyond it are counted as this much: a client's setpoint near 0 would make the sum infinite for ever."""
 _FIT = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 
 _GAUGES = (
@@ -171,7 +173,7 @@ class Watch:
         if event.reason in ("stop", "length"):  # how long an aborted one ran says something about its client only
             metrics.end_to_end.observe(now - self._began)
         if event.receipt is not None and event.receipt.tokens_steered:
-            metrics.effort.observe(event.receipt.effort["mean"])
+            metrics.effort.observe(min(event.receipt.effort["mean"], _MOST))
             for held in event.receipt.tracking.values():
                 if held.setpoint and math.isfinite(held.error):
-                    metrics.tracking_error.observe(held.error / abs(held.setpoint))
+                    metrics.tracking_error.observe(min(held.error / abs(held.setpoint), _MOST))

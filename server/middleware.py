@@ -81,7 +81,15 @@ class Gate:
             log.info("request", extra={"fields": _line(scope, state, id_, status or 500, time.perf_counter() - began)})
 
     def _check(self, scope: Scope) -> None:
-        """Raises ApiError for a call that may not be made."""
+        """Raises ApiError for a call that may not be made, or whose end a proxy on the way may have seen elsewhere: the
+        parser lets Transfer-Encoding win over a Content-Length and goes on with the connection."""
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            raise ApiError(
+                400,
+                "Expected Content-Length or Transfer-Encoding, not both.",
+                code="invalid_framing",
+                headers={"Connection": "close"},
+            )
         if scope["method"] == "OPTIONS" and scope["path"] not in HEALTH:
             raise ApiError(405, "This address does not take OPTIONS.", code="method_not_allowed")
         self._access.check(scope["method"], scope["path"], scope["headers"])
@@ -140,9 +148,22 @@ class JsonLines(logging.Formatter):
         return json.dumps({**line, **getattr(record, "fields", {})}, default=str)
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to what `sys.stderr` is at the time, which an embedding program may have replaced and closed."""
+
+    @property
+    def stream(self) -> Any:
+        """The stream."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """Set by the base class; not kept."""
+
+
 def log_to_stderr() -> None:
     """Structured logs of this package and of uvicorn's errors on stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(JsonLines())
     for name, level in (("setpoint", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)

@@ -9,59 +9,59 @@ from server.account import Json
 from server.background import Pace, own_stream
 from server.host import Host
 from server.jobs import Done, Job, Task
-from server.schema.jobs import FitMethod, FitRequest, SweepRequest, plain
+from server.schema.jobs import FitRequest, SweepRequest, plain
 from steering import FitSettings, Scope, SpecError, SteeringError, fit_concept
 from steering.artifact import checked_name
 from steering.demo.contrast import prompts as held_out
 from steering.demo.judges import JUDGES, Judge
 from steering.evaluation import Sweep, run_sweep
-from steering.fit import Example, checked_class, encode_class
+from steering.fit import Example, checked_class, encode_class, warning
+from steering.fit.plans import PlanSettings, fit_plan, plan_warning, settings_of
 
-USABLE_AUROC = 0.7
-"""Below it a direction hardly tells the classes apart, and the job warns."""
 SWEEP_PROMPTS = 32
 """Held-out prompts of a sweep that names none."""
 
 
 def fit_task(body: FitRequest, host: Host) -> Task:
-    """The fit of one concept. Raises SteeringError that names the field or the row."""
+    """The fit of one concept or plan. Raises SteeringError that names the field or the row."""
     host.store.require_own(checked_name(body.name))
-    settings = _settings(body.method, host.plant.depth)
+    settings = _settings(body, host.plant.depth)
+    reading = settings if isinstance(settings, FitSettings) else settings.reading()
     classes = {"positive": [plain(row) for row in body.positive], "negative": [plain(row) for row in body.negative]}
     for side, rows in classes.items():
-        encode_class(host.plant, side, checked_class(side, rows), settings)
+        encode_class(host.plant, side, checked_class(side, rows), reading)
     return Task("fit", body.name, partial(_fit, host, body.name, classes, settings), writes=body.name)
 
 
-def _settings(method: FitMethod, depth: int) -> FitSettings:
+def _settings(body: FitRequest, depth: int) -> FitSettings | PlanSettings:
     """The settings of a fit for a model of `depth` blocks. Raises SteeringError that names `method.…`."""
-    given: dict[str, Any] = method.model_dump(exclude_none=True, exclude={"direction"})
+    given: dict[str, Any] = body.method.model_dump(exclude_none=True)
+    if body.kind == "concept":
+        given.pop("direction", None)
     if "gains" in given:
         given["gains"] = (given["gains"],) if isinstance(given["gains"], str) else tuple(given["gains"])
     if "layers" in given:
         given["layers"] = tuple(given["layers"])
     try:
-        settings = FitSettings(**given)
-        settings.controlled(depth)
+        return settings_of(body.kind, given, depth)
     except SteeringError as error:
         raise error.at("method") from error
-    return settings
 
 
-def _fit(host: Host, name: str, classes: dict[str, list[Example]], settings: FitSettings, job: Job) -> Done:
+def _fit(
+    host: Host, name: str, classes: dict[str, list[Example]], settings: FitSettings | PlanSettings, job: Job
+) -> Done:
     """Fit and save. Nothing is written before the fit is complete."""
+    examples = classes["positive"], classes["negative"]
     with own_stream(host.plant.device):
-        concept = fit_concept(
-            host.plant, name, classes["positive"], classes["negative"], settings, job.report, _pace(host, job)
-        )
-    artifact = concept.artifact()
-    result: Json = {"fingerprint": artifact.fingerprint, "quality": dict(concept.quality), "warning": None}
-    if (best := max(concept.quality["auroc"])) < USABLE_AUROC:
-        on = concept.quality["measured_on"]
-        result["warning"] = (
-            f"No layer tells the classes apart (best AUROC {best:.2f} on {on} examples): give more examples, and "
-            "clearer ones."
-        )
+        pace = _pace(host, job)
+        if isinstance(settings, FitSettings):
+            concept = fit_concept(host.plant, name, *examples, settings, job.report, pace)
+            artifact, quality, doubt = concept.artifact(), concept.quality, warning(concept.quality)
+        else:
+            plan = fit_plan(host.plant, name, *examples, settings, job.report, pace)
+            artifact, quality, doubt = plan.artifact(), plan.quality, plan_warning(plan.quality)
+    result: Json = {"fingerprint": artifact.fingerprint, "quality": dict(quality), "warning": doubt}
     job.report("saving", 1.0)  # the last moment at which the job can be cancelled
     host.store.save(artifact)
     return Done(name, result)
@@ -69,6 +69,7 @@ def _fit(host: Host, name: str, classes: dict[str, list[Example]], settings: Fit
 
 def sweep_task(body: SweepRequest, host: Host) -> Task:
     """A dose–response curve of one concept. Raises SteeringError that names the field."""
+    host.shelf.concept(body.concept)
     is_ready = _is_ready(host, body.concept)
     name = body.judge or (body.concept if is_ready else None)
     if name is not None and name not in JUDGES:
@@ -88,7 +89,7 @@ def sweep_task(body: SweepRequest, host: Host) -> Task:
     sweep.programs(host.shelf)
     sweep.metered(host.shelf)
     sweep.encoded(host.plant, host.context)
-    return Task("sweep", body.concept, partial(_sweep, host, sweep, name))
+    return Task("sweep", body.concept, partial(_sweep, host, sweep, name), reads=body.concept)
 
 
 def _prompts(body: SweepRequest, is_ready: bool) -> tuple[Example, ...]:

@@ -76,8 +76,7 @@ def chat_call(body: ChatRequest, host: Host) -> Call:
     if body.top_logprobs and not body.logprobs:
         raise SpecError("top_logprobs", expected="logprobs to be true as well", got=body.top_logprobs)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    longer = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return _call("chatcmpl", body, host, [_Prompt("messages", tokens)], None, logprobs, body.n or 1, longer)
+    return _call("chatcmpl", body, host, [_Prompt("messages", tokens)], None, logprobs, body.n or 1)
 
 
 def completion_call(body: CompletionRequest, host: Host) -> Call:
@@ -204,16 +203,16 @@ def _call(
     default: int | None,
     logprobs: int | None,
     n: int = 1,
-    limit_at: str = "max_tokens",
 ) -> Call:
-    """`n` requests a prompt. The body's field `limit_at` says how many tokens to generate; `default` stands in for it,
-    None for the rest of the context."""
+    """`n` requests a prompt. `default` is how many tokens to generate where the body does not say, None for the rest of
+    the context."""
     _check_count(len(prompts) * n, host)
     if body.stream_options is not None and not body.stream:
         raise SpecError("stream_options", expected="stream to be true as well")
     if body.prompt_logprobs is not None and body.stream:
         raise SpecError("prompt_logprobs", expected="stream to be false", advice="or use echo with logprobs")
     echo = isinstance(body, CompletionRequest) and bool(body.echo)
+    limit_at = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit: int | None = getattr(body, limit_at)
     if limit == 0 and not echo and body.prompt_logprobs is None:
         alone = "echo or prompt_logprobs" if isinstance(body, CompletionRequest) else "prompt_logprobs"
@@ -227,9 +226,9 @@ def _call(
     requests: list[Request] = []
     for where, tokens, _ in prompts:
         room = check_length(host, tokens, where, 1 if limit is None else limit, limit_at)
-        if steering is not None:
-            steering.check_scopes(len(tokens))
         tokens_out = limit if limit is not None else room if default is None else min(default, room)
+        if steering is not None:
+            steering.check_scopes(len(tokens), max(tokens_out - 1, 0))
         for choice in range(n):
             told = asked and (choice == 0 or kind != "chatcmpl")  # a chat tells its one prompt once
             sampling = replace(

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steering.errors import ArtifactCorrupt, SpecError
+from steering.errors import ArtifactCorrupt, SpecError, StoreUnwritable
 
 FORMAT = "setpoint/1"
 SUFFIX = ".safetensors"
@@ -97,11 +97,21 @@ class Artifact:
     @classmethod
     def load(cls, path: Path) -> Artifact:
         """Read and verify one file. Raises ArtifactCorrupt, which says what is wrong with it."""
+        before = _version(path)
+        try:
+            return cls._verified(path)
+        except ArtifactCorrupt:
+            if _version(path) == before:
+                raise
+            return cls.load(path)  # it was replaced between two openings of the path, and each saw another file
+
+    @classmethod
+    def _verified(cls, path: Path) -> Artifact:
         header = read_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise _corrupt(path, "its tensors cannot be read") from error
         artifact = cls(header["name"], header["kind"], header["model"], tensors, header["body"], header["created"])
         if artifact.fingerprint != header["content"]:
@@ -115,14 +125,12 @@ class Artifact:
 def read_header(path: Path) -> dict[str, Any]:
     """The metadata of an artifact without its tensors. Raises ArtifactCorrupt."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _corrupt(path, f"it is larger than {MAX_BYTES} bytes")
         _check_container(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["setpoint"], parse_constant=_no_constant)
         fields = {name: header[name] for name in FIELDS}
         seal = _seal({name: value for name, value in fields.items() if name != "seal"})
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _corrupt(path, "it is not a safetensors file written by Setpoint") from error
     if fields["format"] != FORMAT:
         raise _corrupt(path, f"its format is not {FORMAT}")
@@ -137,16 +145,33 @@ def read_header(path: Path) -> dict[str, Any]:
     return fields
 
 
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What differs between two files that stood at a path one after the other; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 @contextmanager
 def partial_file(folder: Path) -> Iterator[Path]:
-    """An empty file in `folder`, which is gone after the block unless the block has moved it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f"{PARTIAL}{os.getpid()}-")
-    os.close(handle)
+    """An empty file in `folder`, which is gone after the block unless the block has moved it.
+
+    Raises StoreUnwritable where it cannot be made or written: no room, no folder, no permission.
+    """
+    name = None
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f"{PARTIAL}{os.getpid()}-")
+        os.close(handle)
         yield Path(name)
+    except (OSError, SafetensorError) as error:
+        why = (getattr(error, "strerror", None) or "it cannot be used").lower()
+        raise StoreUnwritable(f"The file cannot be written to its folder: {why}.") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -190,12 +215,15 @@ def _is_alive(process: int) -> bool:
 
 
 def _check_container(path: Path) -> None:
-    """Refuse a safetensors header that is too long, has a key twice or absurd tensors, or does not cover the file.
+    """Refuse a file that is too large, or a safetensors header that is too long, has a key twice or absurd tensors, or
+    does not cover the file.
 
     Raises ArtifactCorrupt, ValueError for what is no header at all.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise _corrupt(path, f"it is larger than {MAX_BYTES} bytes")
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError("no header")

@@ -2,7 +2,8 @@
 
     λ = (v_l·x_l − origin_l) / scale_l            the gate is open where  above < λ < below
 
-x_l is the input of block l as that block receives it, the very quantity that a trace, a capture and a receipt report.
+x_l is the input of block l as the blocks before it leave it, the very quantity that a capture reports; a law that
+writes this input itself, as `ablate` and `clamp` do, comes after the gate, and a trace reports what it made of it.
 Conditional steering as in CAST (arXiv:2409.05907, Sec. 3), with a projection in a setpoint's units instead of a cosine.
 """
 

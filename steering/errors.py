@@ -89,6 +89,13 @@ class ArtifactError(SteeringError):
     code = "artifact_conflict"
 
 
+class StoreUnwritable(ArtifactError):
+    """The folder of the store cannot be written: its disk is full, or it is not ours."""
+
+    status = 503
+    code = "store_unwritable"
+
+
 class ArtifactCorrupt(ArtifactError):
     """A file is damaged or not an artifact of ours."""
 

@@ -123,8 +123,8 @@ def read_vectors(path: Path) -> ControlVectors:
     kind = fields.get("general.architecture", ARCHITECTURE)
     if kind != ARCHITECTURE:
         raise _corrupt(f"its general.architecture is {str(kind)[:40]!r}, expected {ARCHITECTURE!r}")
-    if not all(torch.isfinite(vector).all() for vector in found.values()):
-        raise _corrupt("it holds NaN or Inf")
+    if not all(vector.double().norm() <= torch.finfo(torch.float32).max for vector in found.values()):
+        raise _corrupt("it holds NaN, Inf or a vector whose norm is beyond float32")
     if len({vector.shape for vector in found.values()}) > 1:
         raise _corrupt("its vectors differ in width")
     if not any(vector.any() for vector in found.values()):

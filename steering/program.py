@@ -151,6 +151,13 @@ class Term:
         return max((law.rank for law in self.laws.values()), default=0)
 
     @property
+    def is_in_time(self) -> bool:
+        """Whether it can act at the very token where its gate is measured: a gain is spent behind the gate."""
+        if self.gate is None:
+            return True
+        return any(self.gate.decides(route) and bool(law.gain.any()) for route, law in self.laws.items())
+
+    @property
     def acts(self) -> bool:
         """False when every strength is zero or the scope selects nothing: the term then leaves the model alone."""
         somewhere = (self.scope.prompt, self.scope.generation) != ("none", "none")

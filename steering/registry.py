@@ -12,11 +12,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from steering.concept import Concept
 from steering.condition import When
+from steering.plan import Plan
 from steering.program import Term
+
+P = TypeVar("P", bound=Plan)
 
 
 class Bench(Protocol):
-    """What a method may ask while it compiles: the model's dimensions and its concepts."""
+    """What a method may ask while it compiles: the model's dimensions, its concepts and its plans."""
 
     @property
     def depth(self) -> int:
@@ -28,6 +31,9 @@ class Bench(Protocol):
 
     def concept(self, name: str) -> Concept:
         """A concept of this model. Raises SpecError for an unknown one, StaleFingerprint for another model's."""
+
+    def plan(self, name: str, kind: type[P]) -> P:
+        """A plan of this model. Raises SpecError for an unknown one or one of another kind, StaleFingerprint."""
 
 
 @runtime_checkable

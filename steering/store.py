@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from steering.artifact import SUFFIX, Artifact, checked_name, read_header, sweep
 from steering.concept import KIND, Concept
-from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint
+from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint, echo
+from steering.plan import PLANS, Plan
+
+P = TypeVar("P", bound=Plan)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,20 @@ class Store:
         return [name for folder in folders for name in sweep(folder)]
 
 
+def held_in(found: Artifact) -> Concept | Plan:
+    """What an artifact holds. Raises ArtifactCorrupt when it is not whole, or of a kind that there is not."""
+    if found.kind == KIND:
+        return Concept.from_artifact(found)
+    if found.kind in PLANS:
+        return PLANS[found.kind].from_artifact(found)
+    kinds = ", ".join(PLANS)
+    raise ArtifactCorrupt(
+        f"The file holds a {echo(found.kind)}; expected a {KIND}, or a plan of kind {kinds}.", param="name"
+    )
+
+
 class Shelf:
-    """The concepts of one model, loaded once: the `Bench` that methods compile against."""
+    """The concepts and plans of one model, loaded once: the `Bench` that methods compile against."""
 
     def __init__(self, store: Store, *, model: str, depth: int, width: int) -> None:
         self.store = store
@@ -115,28 +130,66 @@ class Shelf:
         self.depth = depth
         self.width = width
         self._loaded: dict[str, tuple[tuple[int, ...], Concept]] = {}
+        self._plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
 
     def concept(self, name: str) -> Concept:
         """A concept fitted on this model.
 
         Raises SpecError for an unknown name, StaleFingerprint for another model's, ArtifactCorrupt for a damaged one.
         """
+        path, version = self._found("concept", name, KIND)
+        held = self._loaded.get(name)
+        if held is not None and held[0] == version:
+            return held[1]
+        found = Artifact.load(path)
+        self._require_kind("concept", name, found, KIND)
+        concept = self.checked(Concept.from_artifact(found), name)
+        self._loaded[name] = (version, concept)
+        return concept
+
+    def plan(self, name: str, kind: type[P]) -> P:
+        """A plan of this model and of one kind.
+
+        Raises SpecError for an unknown name and for an artifact of another kind, StaleFingerprint for another model's,
+        ArtifactCorrupt for a damaged one.
+        """
+        path, version = self._found("plan", name, kind.kind)
+        held = self._plans.get(name)
+        if held is not None and held[0] == version and isinstance(held[1], kind):
+            return held[1]
+        try:
+            found = Artifact.load(path)
+        except ArtifactCorrupt as error:
+            error.param = "plan"
+            raise
+        self._require_kind("plan", name, found, kind.kind)
+        plan = kind.from_artifact(found).require(model=self.model, depth=self.depth, width=self.width, label=name)
+        self._plans[name] = (version, plan)
+        return plan
+
+    def _found(self, field: str, name: str, kind: str) -> tuple[Path, tuple[int, ...]]:
+        """The file of an artifact, and its version. Raises SpecError, with the names there are, for an unknown one."""
         try:
             path = self.store.path(name)
             stat = path.stat()
         except (ArtifactNotFound, FileNotFoundError, SpecError) as error:
-            known = [entry.name for entry in self.store.entries() if entry.kind == KIND and entry.model == self.model]
-            raise SpecError(
-                "concept", expected=f"a concept of this model ({', '.join(known) or 'none'})", got=name
-            ) from error
+            known = [entry.name for entry in self.store.entries() if entry.kind == kind and entry.model == self.model]
+            what = "a concept" if kind == KIND else f"a plan of kind {kind!r}"
+            raise SpecError(field, expected=f"{what} of this model ({', '.join(known) or 'none'})", got=name) from error
         # A file is replaced whole, so that a new version is a new inode even within one tick of the clock.
-        version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-        held = self._loaded.get(name)
-        if held is not None and held[0] == version:
-            return held[1]
-        concept = self.checked(Concept.from_artifact(Artifact.load(path)), name)
-        self._loaded[name] = (version, concept)
-        return concept
+        return path, (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+
+    def _require_kind(self, field: str, name: str, found: Artifact, kind: str) -> None:
+        if found.kind != kind:
+            what = "a concept" if kind == KIND else f"a plan of kind {kind!r}"
+            raise SpecError(field, expected=what, got=name, advice=f"that artifact is of kind {echo(found.kind)}")
+
+    def require_own(self, held: Concept | Plan, name: str) -> None:
+        """Raises StaleFingerprint that tells both sides unless `held`, named `name`, is one of this model's."""
+        if isinstance(held, Plan):
+            held.require(model=self.model, depth=self.depth, width=self.width, label=name)
+        else:
+            self.checked(held, name)
 
     def checked(self, concept: Concept, name: str) -> Concept:
         """`concept` if it is one of this model's. Raises StaleFingerprint that tells both sides; `name` is its name."""

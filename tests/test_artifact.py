@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from steering import artifact as module
 from steering.artifact import FORMAT, Artifact, checked_name, read_header, replacing
-from steering.errors import ArtifactCorrupt, SpecError
+from steering.errors import ArtifactCorrupt, SpecError, StoreUnwritable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 SMALL = Artifact(
@@ -341,3 +341,28 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         break_off()
     assert [one.name for one in tmp_path.iterdir()] == ["x"]
     assert path.read_text() == "old"
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (Artifact("a", "concept", "m", {"v": torch.full((n,), 1.0)}, {"n": n}) for n in (4, 5))
+    path = old.save(tmp_path)
+    opened, calls = module.safe_open, list[None]()
+
+    def replaced_behind(*arguments: Any, **options: Any) -> Any:
+        handle = opened(*arguments, **options)
+        calls.append(None)
+        if len(calls) == 1:
+            new.save(tmp_path)
+        return handle
+
+    monkeypatch.setattr(module, "safe_open", replaced_behind)
+    assert Artifact.load(path).fingerprint == new.fingerprint
+    assert len(calls) == 4, "header and tensors, twice"
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnwritable, match="cannot be written"):
+        SMALL.save(tmp_path / "file" / "store")

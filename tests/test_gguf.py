@@ -262,6 +262,7 @@ BAD: dict[str, bytes] = {
     "overlap": padded(header(2, body=tensor() + tensor("direction.2"))),
     "widths": padded(header(2, body=tensor() + tensor("direction.2", (4,), offset=32)), b"\1" * 48),
     "nan": padded(header(body=tensor()), struct.pack("<8f", *([float("nan")] * 8))),
+    "norms": padded(header(body=tensor()), struct.pack("<8f", *([3e38] * 8))),
     "zeros": padded(header(body=tensor()), bytes(32)),
 }  # fmt: skip
 
@@ -272,6 +273,12 @@ def test_what_is_no_control_vector_is_refused(tmp_path: Path, content: bytes) ->
     path.write_bytes(content)
     with pytest.raises(ArtifactCorrupt, match="GGUF"):
         read_vectors(path)
+
+
+def test_a_large_vector_is_a_whole_concept(tmp_path: Path) -> None:
+    """The squares of its numbers are beyond float32, its norm is not."""
+    file = read_vectors(write(tmp_path / "a.gguf", {1: np.full(WIDTH, 1e30, np.float32)}))
+    assert Concept.from_artifact(Artifact.load(imported(file, "joy", LLAMA).save(tmp_path))).layers == (1,)
 
 
 def test_the_bare_file_that_those_vary_is_read(tmp_path: Path) -> None:

@@ -156,8 +156,9 @@ def test_a_concept_of_other_dimensions_is_stale(store: Store, size: dict[str, in
 
 def test_a_plan_is_not_a_concept(store: Store) -> None:
     store.save(Artifact("plan", "plan", MODEL, {}))
-    with pytest.raises(ArtifactCorrupt):
+    with pytest.raises(SpecError, match="expected a concept, got 'plan'; that artifact is of kind 'plan'") as caught:
         shelf(store).concept("plan")
+    assert caught.value.param == "concept"
 
 
 def test_a_shelf_sees_a_new_version_even_within_one_tick(store: Store) -> None:

@@ -6,7 +6,8 @@ x_{l+1} = A_l x_l + u_l        the plant of every oracle in tests/methods, in fl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from steering.concept import Concept
 from steering.control import Weights, regulate
 from steering.errors import SpecError
 from steering.law import Law
+from steering.plan import Plan
 from steering.types import Route, Site
 from tests.control.cases import directions, jacobians
 
 MODEL = "sha256:" + "ab" * 32
 WEIGHTS = Weights(0.7, 1.3, 2.0)
+P = TypeVar("P", bound=Plan)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Toy:
     K_LDD: Tensor
     """Gains of the controlled layers, formed explicitly; zero elsewhere."""
     tone: Concept
+    plans: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -43,6 +47,12 @@ class Toy:
         if name != self.tone.name:
             raise SpecError("concept", expected=f"a concept of this model ({self.tone.name})", got=name)
         return self.tone
+
+    def plan(self, name: str, kind: type[P]) -> P:
+        found = self.plans.get(name)
+        if not isinstance(found, kind):
+            raise SpecError("plan", expected=f"a plan of kind {kind.kind!r} of this model", got=name)
+        return found
 
     def resident(self) -> Toy:
         """The same with the concept in float32, as a fit stores it."""

@@ -73,27 +73,45 @@ def show(name: Name, store: StoreFolder = None, as_json: AsJson = False) -> None
 @app.command("import")
 @cleanly
 def import_(
-    file: Annotated[Path, typer.Argument(help="A safetensors file of Setpoint, or a GGUF control vector.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A safetensors file of Setpoint, a GGUF control vector, or a folder of pyreft's, as safetensors."
+        ),
+    ],
     name: Annotated[
         str | None,
         typer.Option(envvar="SETPOINT_NAME", help="Name in the store.", show_default="that of the artifact or file"),
     ] = None,
+    positions: Annotated[
+        str,
+        typer.Option(
+            envvar="SETPOINT_POSITIONS",
+            help="Of a pyreft folder: the positions it was trained on, as f7+l7.",
+            show_default="not known",
+        ),
+    ] = "",
     model: Model = None,
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a file and put it into the store. A control vector becomes a concept of `--model`."""
+    """Verify a file and put it into the store. A control vector becomes a concept of `--model`, a pyreft folder a plan
+    of it."""
     quietly(model)
     from server.host import describe
     from steering import SpecError
     from steering.gguf import imported, is_gguf, read_vectors
 
-    if not file.is_file():
-        raise SpecError("file", expected="a file that exists", got=str(file))
+    if not file.is_file() and not file.is_dir():
+        raise SpecError("file", expected="a file or folder that exists", got=str(file))
     opened = _store(store)
-    if is_gguf(file):
+    if file.is_dir():
+        own = name or _name_of(file.resolve().name)
+        opened.require_own(own)
+        found = _edit(file, own, positions, model)
+    elif is_gguf(file):
         vectors = read_vectors(file)
-        own = name or re.sub(r"[^a-z0-9._-]+", "-", file.stem.lower()).strip("._-")
+        own = name or _name_of(file.stem)
         opened.require_own(own)
         found = imported(vectors, own, _target(model))
         if outside := found.body["provenance"]["imported"]["outside"]:
@@ -103,7 +121,7 @@ def import_(
                 err=True,
             )
     else:
-        found = _concept(file)
+        found = _ours(file)
         found = replace(found, name=name or found.name)
         opened.require_own(found.name)
     opened.save(found)
@@ -118,8 +136,14 @@ def import_(
 def export(
     name: Name,
     kind: Annotated[
-        str, typer.Option("--format", envvar="SETPOINT_FORMAT", help="safetensors, or gguf for llama.cpp and repeng.")
-    ] = "safetensors",
+        str | None,
+        typer.Option(
+            "--format",
+            envvar="SETPOINT_FORMAT",
+            help="safetensors, or gguf for llama.cpp and repeng.",
+            show_default="that of --output, else safetensors",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", envvar="SETPOINT_OUTPUT", help="File.", show_default="NAME.FORMAT")
     ] = None,
@@ -132,8 +156,15 @@ def export(
     from steering.artifact import replacing
     from steering.gguf import exported, hint_of, vectors_of
 
-    if kind not in ("safetensors", "gguf"):
+    kinds = ("safetensors", "gguf")
+    told = output.suffix.removeprefix(".") if output is not None else ""
+    kind = kind or (told if told in kinds else "safetensors")
+    if kind not in kinds:
         raise SpecError("format", expected="safetensors or gguf", got=kind)
+    if told in kinds and told != kind:
+        raise SpecError("output", expected=f"a name that does not end in .{told}, for --format {kind}", got=str(output))
+    if output is not None and not output.parent.is_dir():
+        raise SpecError("output", expected="a folder that exists", got=str(output.parent))
     opened = _store(store)
     found = opened.load(name)
     if kind == "safetensors":
@@ -164,12 +195,27 @@ def _target(model: str | None) -> Target:
     return Target.of(load_plant(model, "cpu"))
 
 
-def _concept(file: Path) -> Artifact:
-    """A file of ours. Raises ArtifactCorrupt for one that is damaged or holds no concept."""
-    from steering import Artifact, Concept
+def _name_of(text: str) -> str:
+    """A name for the store, made of a file's."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")
+
+
+def _edit(folder: Path, name: str, positions: str, model: str | None) -> Artifact:
+    """The plan of a pyreft folder. Raises SpecError, ArtifactCorrupt."""
+    from server.host import load_plant
+    from steering.pyreft import import_reft, parse_positions
+
+    parse_positions(positions)  # before a model is loaded
+    return import_reft(folder, name, load_plant(model, "cpu"), positions=positions).artifact()
+
+
+def _ours(file: Path) -> Artifact:
+    """A file of ours. Raises ArtifactCorrupt for one that is damaged or of a kind that there is not."""
+    from steering import Artifact
+    from steering.store import held_in
 
     found = Artifact.load(file)
-    Concept.from_artifact(found)
+    held_in(found)
     return found
 
 
@@ -205,6 +251,12 @@ def verify(
 @app.command()
 @cleanly
 def rm(name: Name, store: StoreFolder = None) -> None:
-    """Delete an artifact of the store."""
-    _store(store).remove(name)
+    """Delete an artifact of the store, unless a preset or the default uses it."""
+    from server.presets import Presets
+    from steering import ArtifactError
+
+    opened = _store(store)
+    if users := Presets(opened.folder).users(name):
+        raise ArtifactError(f"Artifact {name!r} is in use by {', '.join(users)}: change or delete that first.")
+    opened.remove(name)
     typer.echo(f"removed {name}")

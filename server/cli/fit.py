@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,13 +21,10 @@ from server.cli.common import (
     store_folder,
 )
 
-USABLE_AUROC = 0.7
-"""Below it a direction hardly tells the classes apart, and the command warns."""
-
 
 @cleanly
 def fit(
-    name: Annotated[str, typer.Argument(help="Name of the concept.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of the concept or plan.", show_default=False)],
     positive: Annotated[
         Path, typer.Option(envvar="SETPOINT_POSITIVE", help="Examples: one a line, or JSONL with `text` or `messages`.")
     ],
@@ -36,6 +33,9 @@ def fit(
     store: StoreFolder = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kind: Annotated[
+        str, typer.Option(envvar="SETPOINT_KIND", help="concept, or a plan: eigenshift or subspace.")
+    ] = "concept",
     gains: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,25 +59,43 @@ def fit(
             envvar="SETPOINT_LAYERS", help="Controlled layers, as 3-7 or 3,4,5.", show_default="all but the first"
         ),
     ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SETPOINT_SELECTION",
+            help="eigenshift: signed, separation or energy.",
+            show_default="separation",
+        ),
+    ] = None,
+    components: Annotated[
+        int | None,
+        typer.Option(envvar="SETPOINT_COMPONENTS", help="eigenshift: how many are chosen.", show_default="32"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a concept from positive and negative examples and put it into the store."""
+    """Fit a concept, or a plan, from positive and negative examples and put it into the store."""
     quietly(model)
     from server.host import load_plant, open_store
-    from steering import FitSettings, fit_concept, read_examples
+    from steering import Artifact, fit_concept, read_examples
+    from steering.fit import FitSettings, warning
+    from steering.fit.plans import fit_plan, plan_warning, settings_of
 
     target = open_store(store_folder(store))
-    if model is None:
-        target.require_own(name)
-    settings = FitSettings(
-        gains=tuple(gains or ("dense",)),
-        q=q,
-        r=r,
-        q_f=q_f,
-        jacobian_prompts=jacobian_prompts,
-        positions=positions,
-        layers=_layers(layers),
-    )
+    target.require_own(name)
+    asked: dict[str, Any] = {
+        "gains": tuple(gains) if gains else None,
+        "q": q,
+        "r": r,
+        "q_f": q_f,
+        "jacobian_prompts": jacobian_prompts,
+        "positions": positions,
+        "layers": _layers(layers),
+        "selection": selection,
+        "components": components,
+    }
+    default = FitSettings()
+    # What is left at its default is not asked for: a plan has no gains and no prices.
+    settings = settings_of(kind, {n: v for n, v in asked.items() if v not in (None, getattr(default, n, None))})
     examples = read_examples(positive), read_examples(negative)
     from rich.console import Console
     from rich.progress import Progress
@@ -85,19 +103,30 @@ def fit(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading the model", total=1.0)
         plant = load_plant(model, device, dtype)
-        concept = fit_concept(
-            plant, name, *examples, settings, lambda stage, done: bar.update(task, description=stage, completed=done)
-        )
-    path = target.save(concept.artifact())
-    quality = dict(concept.quality)
-    if (best := max(quality["auroc"])) < USABLE_AUROC:
-        typer.echo(
-            f"Warning: no layer tells the classes apart (best AUROC {best:.2f} on {quality['measured_on']} examples): "
-            "give more examples, and clearer ones.",
-            err=True,
-        )
+
+        def report(stage: str, done: float) -> None:
+            bar.update(task, description=stage, completed=done)
+
+        made: Artifact
+        if isinstance(settings, FitSettings):
+            made = fit_concept(plant, name, *examples, settings, report).artifact()
+        else:
+            made = fit_plan(plant, name, *examples, settings, report).artifact()
+    path = target.save(made)
+    quality = dict(made.body["quality"])
+    doubt = warning(quality) if kind == "concept" else plan_warning(quality)
+    if doubt is not None:
+        typer.echo(f"Warning: {doubt}", err=True)
     if as_json:
-        print_json({"name": name, "path": str(path), "fingerprint": concept.artifact().fingerprint, "quality": quality})
+        print_json(
+            {
+                "name": name,
+                "path": str(path),
+                "fingerprint": made.fingerprint,
+                "quality": quality,
+                "warning": doubt,
+            }
+        )
         return
     print_table(("field", "value"), [(key, str(value)) for key, value in quality.items()], title=f"{name} → {path}")
 

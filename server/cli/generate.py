@@ -77,6 +77,8 @@ def _body(
     from server.schema.openai import GenerateRequest
     from steering import REGISTRY, SpecError
 
+    if not targets:
+        raise SpecError("target", expected="at least one --target NAME=λ")
     if method not in REGISTRY:
         raise SpecError("method", expected=f"one of {', '.join(REGISTRY)}", got=method)
     amount = "strength" if method in ("add", "ablate") else "setpoint"

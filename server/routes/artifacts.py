@@ -19,13 +19,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from server.account import Json
-from server.host import Host
+from server.host import Host, reading
 from server.routes.common import ERRORS, HostDep, ServiceDep
 from server.schema.errors import ApiError
-from steering import Artifact, ArtifactCorrupt, ArtifactError, ArtifactNotFound, Concept, SpecError, echo
+from steering import Artifact, ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError
 from steering.artifact import MAX_BYTES, checked_name, partial_file, read_header
-from steering.concept import KIND
 from steering.gguf import exported, hint_of, imported, is_gguf, read_vectors
+from steering.store import held_in
 
 router = APIRouter(prefix="/v1/steering/artifacts", tags=["Steering"])
 OCTETS = "application/octet-stream"
@@ -57,10 +57,10 @@ async def artifact(name: str, host: HostDep) -> Json:
 
 @router.delete("/{name}", responses=ERRORS)
 async def remove(name: str, service: ServiceDep, host: HostDep) -> Json:
-    """Delete an artifact; 409 while a running request, a preset or the server's default uses it, and for one that
-    ships with the model."""
-    running = ["a running request"] if service.runs_with(name) else []
-    await run_in_threadpool(_remove, host, name, running)
+    """Delete an artifact; 409 while a running request, a job, a preset or the server's default uses it, and for one
+    that ships with the model."""
+    users = ["a running request"] * service.runs_with(name) + ["a job"] * service.jobs.reads(name)
+    await run_in_threadpool(_remove, host, name, users)
     return {"object": "steering.artifact", "name": name, "deleted": True}
 
 
@@ -139,8 +139,7 @@ def _described(host: Host, name: str) -> Json:
 
 def _remove(host: Host, name: str, users: list[str]) -> None:
     """Raises ArtifactNotFound, also for an impossible name, and ArtifactError for a built-in one or one in use."""
-    with host.presets.lock:
-        path = _path(host, name)
+    with host.presets.lock, reading(host.store, name) as path:
         if path.parent != host.store.builtin and (users := [*users, *host.presets.users(name)]):
             raise ArtifactError(
                 f"Artifact {name!r} is in use by {', '.join(users[:8])}; wait for it, or take it out of there.",
@@ -149,23 +148,15 @@ def _remove(host: Host, name: str, users: list[str]) -> None:
         host.store.remove(name)
 
 
-def _path(host: Host, name: str) -> Path:
-    """The file of an artifact. Raises ArtifactNotFound, also for an impossible name."""
-    try:
-        return host.store.path(name)
-    except SpecError as error:
-        raise ArtifactNotFound(f"There is no artifact named {echo(name)}.", param="name") from error
-
-
 def _content(host: Host, name: str, kind: str) -> tuple[bytes, str]:
     """The bytes of one artifact and their tag. Raises ArtifactNotFound, ArtifactCorrupt, SpecError, ArtifactError."""
-    path = _path(host, name)
-    found = host.store.load(name)
-    if kind == "safetensors":
-        raw = path.read_bytes()
-        while read_header(path)["content"] != found.fingerprint:  # it was replaced meanwhile
-            found, raw = host.store.load(name), path.read_bytes()
-        return raw, found.fingerprint
+    with reading(host.store, name) as path:
+        found = Artifact.load(path)
+        if kind == "safetensors":
+            raw = path.read_bytes()
+            while read_header(path)["content"] != found.fingerprint:  # it was replaced meanwhile
+                found, raw = Artifact.load(path), path.read_bytes()
+            return raw, found.fingerprint
     if not host.is_usable(found.model) and not hint_of(found):
         raise ArtifactError(
             f"Artifact {name!r} was fitted on model {found.model[:19]}…, whose architecture this server, with model "
@@ -184,7 +175,7 @@ def _save(host: Host, name: str, path: Path) -> tuple[Json, bool]:
         found = imported(read_vectors(path), name, host.target) if is_gguf(path) else _ours(path, name)
     except ArtifactCorrupt as error:
         raise ApiError(400, error.message, code=error.code) from error
-    host.shelf.checked(Concept.from_artifact(found), name)
+    host.shelf.require_own(held_in(found), name)
     with host.presets.lock:
         try:
             is_new = host.store.path(name).parent != host.store.folder
@@ -195,14 +186,12 @@ def _save(host: Host, name: str, path: Path) -> tuple[Json, bool]:
 
 
 def _ours(path: Path, name: str) -> Artifact:
-    """A file of ours under its new name. Raises ArtifactCorrupt for one that is damaged or holds no concept."""
+    """A file of ours under its new name. Raises ArtifactCorrupt for one that is damaged, or of a kind there is not."""
     checked_name(name)
     try:
         found = replace(Artifact.load(path), name=name)
     except ArtifactCorrupt as error:  # which tells the name of the file that was received
         error.message = error.message.replace(repr(path.name), repr(name))
         raise
-    if found.kind != KIND:
-        raise ArtifactCorrupt(f"The file holds a {echo(found.kind)}; expected a {KIND}.", param="name")
-    Concept.from_artifact(found)
+    held_in(found)
     return found

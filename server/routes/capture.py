@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
 
 from server.account import Json
 from server.body import json_body
 from server.host import Host
-from server.routes.common import ERRORS, HostDep, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, takes
 from server.schema.capture import CaptureRequest
 from server.translate import check_length, given_tokens
 from steering import PlantError, Site, SpecError, capture, encoded
@@ -25,10 +26,10 @@ Body = Annotated[CaptureRequest, Depends(json_body(CaptureRequest))]
 
 
 @router.post("/v1/capture", responses=ERRORS, openapi_extra=takes(CaptureRequest))
-async def captured(host: HostDep, body: Body) -> Json:
+async def captured(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
     """Activations of a prompt, unsteered, in float32. `resid_pre.l` is what laws, traces and conditions read."""
     host.require_model(body.model)
-    return await run_in_threadpool(_captured, host, body)
+    return await read_aside(http, service, partial(_captured, host, body))
 
 
 def _captured(host: Host, body: CaptureRequest) -> Json:

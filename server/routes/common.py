@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from server.account import Json
 from server.generation import Generation
 from server.host import Host, Service
-from server.schema.errors import ErrorEnvelope
+from server.schema.errors import ApiError, ErrorEnvelope
 from server.schema.openai import ChatRequest, CompletionRequest, GenerateRequest
 from server.stream import EventStream
 from server.tokens import TokenTable
@@ -23,15 +23,16 @@ from steering import Finished
 B = TypeVar("B", ChatRequest, CompletionRequest, GenerateRequest)
 
 
-def service_of(request: Request) -> Service:
-    """The application's service."""
+async def service_of(request: Request) -> Service:
+    """The application's service. A coroutine, for FastAPI would call a function on a thread: where all of them are
+    taken not even the health checks would be answered."""
     service: Service = request.app.state.service
     return service
 
 
-def ready_host(request: Request) -> Host:
+async def ready_host(service: Annotated[Service, Depends(service_of)]) -> Host:
     """The loaded host. Raises ApiError 503 while loading or draining."""
-    return service_of(request).ready_host()
+    return service.ready_host()
 
 
 ServiceDep = Annotated[Service, Depends(service_of)]
@@ -68,6 +69,15 @@ async def answered(
         return EventStream(chunks(call, generation, host.tokens), generation)
     ends = await generation.finished(http)
     return await run_in_threadpool(lambda: JSONResponse(whole(call, ends, host.tokens)))
+
+
+async def read_aside(http: Request, service: Service, work: Callable[[], Json]) -> Response:
+    """The answer of a call that reads the model beside the engine, made on a thread; `READERS` run at a time, the
+    others wait in line. Raises ApiError for a client that has left the line."""
+    async with service.readers:
+        if await http.is_disconnected():
+            raise ApiError(499, "The client closed the connection.", code="client_closed")
+        return await run_in_threadpool(lambda: JSONResponse(work()))
 
 
 def note(request: Request, call: Call) -> None:

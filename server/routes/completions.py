@@ -9,7 +9,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from server.account import Json, completion_logprobs, echoed_logprobs, prompt_logprobs, receipt, traced, usage
+from server.account import (
+    Json,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+    receipt,
+    spelled,
+    traced,
+    usage,
+)
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, Piece, pieces
@@ -34,7 +43,7 @@ def _completion(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json
     for index, end in enumerate(ends):
         echo, logprobs = call.echo[index] if call.echo else "", None
         if end.logprobs is not None:
-            logprobs = completion_logprobs(end.logprobs, table.text, len(echo))
+            logprobs = completion_logprobs(end.logprobs, table, len(echo))
             if call.echo:
                 logprobs = _joined(_echoed(call, index, end.prompt_logprobs, table), logprobs)
         choice = _choice(index, echo + end.text, logprobs, end)
@@ -63,8 +72,8 @@ async def _chunks(call: Call, generation: Generation, table: TokenTable) -> Asyn
         given = [one.logprob for one in piece.deltas if one.logprob is not None]
         logprobs = None
         if given:
-            logprobs = completion_logprobs(given, table.text, offsets[index])
-            offsets[index] += sum(map(len, logprobs["tokens"]))
+            logprobs = completion_logprobs(given, table, offsets[index])
+            offsets[index] += spelled(given, table)
         choice = _choice(index, written, logprobs, end)
         if call.token_ids:
             choice["token_ids"] = [delta.token for delta in piece.deltas]

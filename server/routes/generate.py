@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from server.account import Json, completion_logprobs, prompt_logprobs, receipt, traced, usage
+from server.account import Json, completion_logprobs, prompt_logprobs, receipt, spelled, traced, usage
 from server.body import json_body
 from server.generation import Generation
 from server.pieces import End, pieces
@@ -45,10 +45,11 @@ def _answer(call: Call, ends: Sequence[Finished], table: TokenTable) -> Json:
 async def _chunks(call: Call, generation: Generation, table: TokenTable) -> AsyncIterator[Json]:
     """Text of both streams as it comes, the end of each with its usage, the receipt, the usage where asked for."""
     text = table.text
+    names = STREAMS if call.steered or len(call.requests) > 1 else STREAMS[1:]
     ends: dict[int, Finished] = {}
     offsets, begun = [0] * len(call.requests), False
     async for piece in pieces(generation):
-        chunk: Json = {"id": call.id, "model": call.model, "stream": STREAMS[piece.index]}
+        chunk: Json = {"id": call.id, "model": call.model, "stream": names[piece.index]}
         logprobs = [one.logprob for one in piece.deltas if one.logprob is not None]
         if isinstance(piece, End):
             ends[piece.index] = piece.finished
@@ -61,24 +62,24 @@ async def _chunks(call: Call, generation: Generation, table: TokenTable) -> Asyn
             chunk["token_ids"] = [delta.token for delta in piece.deltas]
         begun = True
         if logprobs:
-            chunk["logprobs"] = completion_logprobs(logprobs, text, offsets[piece.index])
-            offsets[piece.index] += sum(map(len, chunk["logprobs"]["tokens"]))
+            chunk["logprobs"] = completion_logprobs(logprobs, table, offsets[piece.index])
+            offsets[piece.index] += spelled(logprobs, table)
         if call.trace and piece.deltas and piece.index == 0:
             chunk["steering"] = traced(piece.deltas, text)
         yield chunk
     if call.steered:
         steering = receipt([ends[0]], call.programs[:1], None)
-        yield {"id": call.id, "model": call.model, "stream": STREAMS[0], "steering": steering}
+        yield {"id": call.id, "model": call.model, "stream": names[0], "steering": steering}
     if call.include_usage:
         both = {"usage": usage([ends[0]], [0])} | ({"unsteered": {"usage": usage([ends[1]], [0])}} if 1 in ends else {})
-        yield {"id": call.id, "model": call.model, "stream": STREAMS[0], **both}
+        yield {"id": call.id, "model": call.model, "stream": names[0], **both}
 
 
 def _account(call: Call, end: Finished, table: TokenTable) -> Json:
     """Text, reason, usage and what else was asked for of one request."""
     account: Json = {"text": end.text, "finish_reason": end.reason, "usage": usage([end], [0])}
     if end.logprobs is not None:
-        account["logprobs"] = completion_logprobs(end.logprobs, table.text)
+        account["logprobs"] = completion_logprobs(end.logprobs, table)
     if call.prompt_logprobs is not None:
         account["prompt_logprobs"] = prompt_logprobs(end.prompt_logprobs or (), call.prompt_logprobs, table)
     if call.token_ids:

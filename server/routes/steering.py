@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
 from pydantic import TypeAdapter
 
 from server.account import Json
 from server.body import json_body
 from server.host import Host
-from server.routes.common import ERRORS, HostDep, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, takes
 from server.schema.openai import TraceRequest
 from server.translate import check_length, given_tokens
 from steering import REGISTRY, SteeringError, summary, trace_prompt
@@ -23,18 +25,23 @@ Trace = Annotated[TraceRequest, Depends(json_body(TraceRequest))]
 @router.get("/types")
 async def types() -> Json:
     """Every type of intervention, with one line of documentation and its JSON schema."""
+    return await run_in_threadpool(_types)
+
+
+@router.post("/trace", responses=ERRORS, openapi_extra=takes(TraceRequest))
+async def trace(http: Request, service: ServiceDep, host: HostDep, body: Trace) -> Response:
+    """Projections of a prompt's tokens on concepts, at the input of every layer, without generation."""
+    host.require_model(body.model)
+    return await read_aside(http, service, partial(_trace, host, body))
+
+
+@cache  # to describe them all takes a processor tens of milliseconds
+def _types() -> Json:
     data = [
         {"type": name, "summary": summary(method), "schema": TypeAdapter(method).json_schema()}
         for name, method in REGISTRY.items()
     ]
     return {"object": "list", "data": data}
-
-
-@router.post("/trace", responses=ERRORS, openapi_extra=takes(TraceRequest))
-async def trace(host: HostDep, body: Trace) -> Json:
-    """Projections of a prompt's tokens on concepts, at the input of every layer, without generation."""
-    host.require_model(body.model)
-    return await run_in_threadpool(_trace, host, body)
 
 
 def _trace(host: Host, body: TraceRequest) -> Json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from types import NoneType
 from typing import Any
 
@@ -109,7 +109,7 @@ def from_validation(errors: Sequence[ErrorDetails], data: object) -> ApiError:
     elif kind in ("too_long", "too_short"):
         context = error.get("ctx", {})
         bound = f"at most {context['max_length']}" if kind == "too_long" else f"at least {context['min_length']}"
-        message = f"{path}: expected {bound} items, got {context['actual_length']}."
+        message = f"{path}: expected {bound} items, got {len(value) if isinstance(value, Sized) else 'others'}."
     elif kind in ("model_type", "dataclass_type", "model_attributes_type"):
         message = f"{path}: expected an object, got {_shown(value)}."
     else:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from server.schema.openai import Messages
 from steering import Scope
 from steering.fit import MAX_EXAMPLES, PositionRule
+from steering.plan import Selection
 from steering.types import Gains
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -59,7 +60,8 @@ def plain(row: Any) -> str | list[dict[str, Any]]:
 
 
 class FitMethod(BaseModel):
-    """How a concept is fitted. What is absent or null takes the library's default (`steering.FitSettings`)."""
+    """How a concept or a plan is fitted. What is absent or null takes the library's default; a field that the kind does
+    not have is refused."""
 
     model_config = _STRICT
 
@@ -79,17 +81,30 @@ class FitMethod(BaseModel):
     skip: int | None = None
     """Leading tokens of a text that `all` leaves out."""
     layers: Annotated[list[int], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
-    """Controlled blocks, consecutive; null means all but block 0."""
+    """Controlled blocks, consecutive, or those that a `subspace` plan is made for; null means all but block 0."""
+    selection: Selection | None = None
+    """`eigenshift`: components chosen by `signed` shift, `separation`, |shift| over deviation, or `energy`."""
+    components: int | None = None
+    """`eigenshift`: how many are chosen."""
+    seed: int | None = None
+    """`eigenshift`: of the random components that the report compares with."""
+    leading: int | None = None
+    """`subspace`: most leading components that are stored."""
+    trailing: int | None = None
+    """`subspace`: most trailing components that are stored, which is what `keep` can take away."""
+    quantile: float | None = None
+    """`subspace`: spikes that score above this quantile are flagged for `filter`."""
 
 
 class FitRequest(BaseModel):
-    """`POST /v1/steering/fit`: make a concept of positive and negative examples."""
+    """`POST /v1/steering/fit`: make a concept or a plan of positive and negative examples."""
 
     model_config = _STRICT
 
     name: str
     """What the artifact is to be called."""
-    kind: Literal["concept"] = "concept"
+    kind: Literal["concept", "eigenshift", "subspace"] = "concept"
+    """What is made: a concept, or a plan of this kind."""
     model: str | None = None
     """The served model's id; absent means that one."""
     positive: Annotated[list[Row], Field(max_length=MAX_EXAMPLES, fail_fast=True)]

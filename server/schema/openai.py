@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from server.schema.steering import SteeringSpec, Target
 
+_INT64 = 2**63 - 1
+"""JSON's integers have no end: a number of a thousand digits is refused before a message could repeat it."""
 _NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
@@ -51,8 +53,8 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 """Fields that would change the answer, each with the values that ask for nothing. Refused with any other value wherever
 the body's model does not have them: `echo` is a field of text completions alone."""
 
-STEERING_KEYS = ("targets", "interventions", "preset", "guard", "trace")
-"""Keys of `steering` that are refused beside it: tolerated as unknown fields, they would be served unsteered."""
+STEERING_KEYS = ("targets", "interventions", "preset", "default", "guard", "trace")
+"""Keys of `steering` that are refused beside it: tolerated as unknown fields, they would do nothing without a word."""
 
 
 class StreamOptions(BaseModel):
@@ -91,14 +93,16 @@ class _Generation(BaseModel):
 
     model: str | None = None
     """The served model's id; absent means that one."""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
     """0 reads the prompt only: for `echo` and `prompt_logprobs`."""
+    max_completion_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
+    """As `max_tokens`, which it overrides."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """0 and -1 keep the whole vocabulary."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
     """int64. With `n` > 1 choice i is drawn from seed + i."""
     stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256, fail_fast=True)] | None = None
@@ -179,8 +183,6 @@ class ChatRequest(_Generation, _Turn):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
-    """As `max_tokens`, which it overrides; absent, the answer may fill the context."""
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -252,5 +254,13 @@ def unsupported_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | 
 
 
 def misplaced_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | None:
-    """The first key of `steering` that stands beside it in `data`, unless it is a field of `model`."""
-    return next((n for n in STEERING_KEYS if data.get(n) is not None and n not in model.model_fields), None)
+    """The first key of `steering` that stands beside it in `data`, unless it is a field of `model`; and `steering`
+    itself where it is misspelt, or left in `extra_body`, which only OpenAI's client unpacks."""
+    for name, value in data.items():
+        if name in model.model_fields or value is None:
+            continue
+        if name in STEERING_KEYS or name.lower() in ("steer", "steering"):
+            return name
+        if name == "extra_body" and isinstance(value, dict) and "steering" in value:
+            return "extra_body.steering"
+    return None

@@ -34,17 +34,17 @@ from steering import (
 
 MAX_INTERVENTIONS = 16
 """Most interventions, targets included, of one request."""
+MAX_CHANNELS = 256
+"""Most channels of one request's program: the tensors of all programs are as wide as the widest one."""
 _NAME_LIMIT = 64
 """Longest concept name; longer keys are cut where an error repeats them."""
 
 
 def _target_fields() -> type[BaseModel]:
-    """The fields of `lqr` without its name: what a target given as an object may have."""
+    """The fields of `lqr` but the concept's name: what a target given as an object may have."""
     hints = get_type_hints(Lqr)
     accepted: dict[str, Any] = {
-        f.name: (hints[f.name], ... if f.default is MISSING else f.default)
-        for f in fields(Lqr)
-        if f.name not in ("type", "concept")
+        f.name: (hints[f.name], ... if f.default is MISSING else f.default) for f in fields(Lqr) if f.name != "concept"
     }
     return create_model("TargetFields", __config__=ConfigDict(extra="forbid"), **accepted)
 
@@ -138,17 +138,12 @@ class Part:
             self._told(error)
             raise
 
-    def check_scopes(self, length: int) -> None:
+    def check_scopes(self, length: int, steps: int) -> None:
         """As `Composition.check_scopes`, for this part."""
         for path, one in self.interventions():
             scope = getattr(one, "apply", None)
-            if isinstance(scope, Scope) and _selects_nothing(scope, length):
-                raise self._told(
-                    SpecError(
-                        f"{path}.apply",
-                        expected=f"a token to act on, but none of the prompt's {length} tokens is chosen",
-                    )
-                )
+            if isinstance(scope, Scope) and (error := _impossible(scope, length, steps)) is not None:
+                raise self._told(error.at(f"{path}.apply"))
 
     def _told(self, error: SteeringError) -> SteeringError:
         """The error with the path of its field; inside a saved object it names what brought that in."""
@@ -195,16 +190,22 @@ class Composition:
         programs = [part.program(bench) for part in self.parts]
         guards = [part.spec.guard for part in self.parts if part.spec.guard is not None]
         terms = tuple(term for program in programs for term in program.terms)
-        return Program(terms, reduce(_stricter, guards, Guard()))
+        whole = Program(terms, reduce(_stricter, guards, Guard()))
+        if whole.rank > MAX_CHANNELS:
+            expected = f"at most {MAX_CHANNELS} channels, the components of all plans and one for each concept"
+            raise SpecError(self.parts[-1].base or "interventions", expected=expected, got=whole.rank)
+        return whole
 
-    def check_scopes(self, length: int) -> None:
-        """Refuse what selects nothing in a prompt of `length` tokens: it would be served unsteered without a word.
+    def check_scopes(self, length: int, steps: int) -> None:
+        """Refuse what can select nothing in a prompt of `length` tokens and `steps` decode steps: it would be served
+        unsteered without a word. There is one step fewer than tokens, for the first is drawn from the prompt.
 
-        `none` for both prompt and generation stays legal, and so do positions of which one is inside.
+        `none` for both prompt and generation stays legal, and so do positions of which one is inside: a preset's may
+        be meant for longer prompts.
         Raises SpecError.
         """
         for part in self.parts:
-            part.check_scopes(length)
+            part.check_scopes(length, steps)
 
 
 def _stricter(a: Guard, b: Guard) -> Guard:
@@ -216,13 +217,28 @@ def _stricter(a: Guard, b: Guard) -> Guard:
     return Guard(max_effort=least(a.max_effort, b.max_effort), max_kl=least(a.max_kl, b.max_kl))
 
 
-def _selects_nothing(scope: Scope, length: int) -> bool:
-    if (scope.prompt, scope.generation) == ("none", "none") or scope.prompt_mask(length).any():
-        return False
-    if isinstance(scope.prompt, Positions):
-        return True
-    steps = scope.generation
-    return steps == "none" or (isinstance(steps, Window) and steps.window[0] == steps.window[1])
+def _impossible(scope: Scope, length: int, steps: int) -> SpecError | None:
+    """Why a scope can select nothing, or has a part that cannot; None where it is fine."""
+    acts_on_prompt = bool(scope.prompt_mask(length).any())
+    if isinstance(scope.prompt, Positions) and not acts_on_prompt:
+        got = list(scope.prompt.positions)
+        return SpecError("prompt.positions", expected=f"at least one of the prompt's {length} tokens", got=got)
+    if isinstance(scope.prompt, Window) and not acts_on_prompt:
+        return SpecError(
+            "prompt.window", expected=f"at least one of the prompt's {length} tokens", got=list(scope.prompt.window)
+        )
+    if (scope.prompt, scope.generation) == ("none", "none") or acts_on_prompt:
+        return None
+    if isinstance(scope.generation, Window):
+        start, stop = scope.generation.window
+        if start >= min(stop, steps):
+            expected = f"at least one of the {steps} steps after the first token"
+            return SpecError("generation.window", expected=expected, got=[start, stop])
+    elif steps == 0:
+        return SpecError(
+            "generation", expected="a step to act on, but the only token is drawn from the prompt", got="all"
+        )
+    return None
 
 
 def _target(name: str, target: object, path: str) -> Intervention:

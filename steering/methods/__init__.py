@@ -9,12 +9,15 @@ from steering.methods.ablate import Ablate
 from steering.methods.add import Add
 from steering.methods.base import conditioned
 from steering.methods.clamp import Clamp
+from steering.methods.eigenshift import Eigenshift
 from steering.methods.lqr import Lqr
 from steering.methods.pid import Pid
+from steering.methods.reft import Reft
+from steering.methods.subspace import Subspace
 from steering.program import Guard, Program
 from steering.registry import Bench, Intervention
 
-__all__ = ["Ablate", "Add", "Clamp", "Lqr", "Pid", "compile_program"]
+__all__ = ["Ablate", "Add", "Clamp", "Eigenshift", "Lqr", "Pid", "Reft", "Subspace", "compile_program"]
 
 
 def compile_program(

@@ -121,9 +121,9 @@ def checked_layers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
 def conditioned(term: Term, when: When, bench: Bench) -> Term:
     """`term` behind the gate that `when` describes.
 
-    Measured anew at every token, the gate is known from its own block on: the laws of earlier blocks are left out, and
-    SpecError is raised where none is left. Raises what `Bench.concept` raises, and SpecError for a layer that the model
-    or the concept does not have.
+    At the token where it is measured, the gate is known from its own block on. Measured anew at every token, the laws
+    of earlier blocks are left out. Raises what `Bench.concept` raises, and SpecError for a layer that the model or the
+    concept does not have, for bounds that no float32 meets, and where the gate is never known in time.
     """
     concept = bench.concept(when.concept)
     if not 0 <= when.layer < concept.depth:
@@ -136,14 +136,18 @@ def conditioned(term: Term, when: When, bench: Bench) -> Term:
     high = math.inf if when.below is None else origin + scale * when.below
     # Rounded as the device compares them, so that the account says what was done also at the very edge.
     low, high = (float(torch.tensor(bound, dtype=torch.float32)) for bound in (low, high))
+    if not low < high:
+        name = "above" if when.below is None else "below"
+        raise SpecError(name, expected="bounds with a float32 between them", got=getattr(when, name))
     gate = Gate(when, concept.direction[when.layer], low, high, origin, scale)
-    if when.on == "prompt":
-        return replace(term, gate=gate)
-    laws = {route: law for route, law in term.laws.items() if gate.decides(route)}
-    if not any(law.gain.any() for law in laws.values()):
+    gated = replace(term, gate=gate)
+    if not gated.is_in_time and (when.on == "token" or term.scope.generation == "none"):
         raise SpecError("layer", expected="a layer not behind all those that the intervention acts on", got=when.layer)
+    if when.on == "prompt":
+        return gated
+    laws = {route: law for route, law in term.laws.items() if gate.decides(route)}
     kept = {route: scale for route, scale in term.gauges.items() if route in laws}
-    return replace(term, laws=laws, gauges=kept, gate=gate)
+    return replace(gated, laws=laws, gauges=kept)
 
 
 def gauges(concept: Concept, layers: tuple[int, ...], units: Units = "centred") -> dict[Route, tuple[float, float]]:

@@ -87,6 +87,25 @@ def capture_means(
     return {site: mean_ND.cpu() for site, mean_ND in means.items()}
 
 
+def capture_each(
+    plant: Plant,
+    prompts: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    keep: Callable[[Site, int, Tensor], None],
+    positions: Positions = "all",
+    *,
+    skip: int = 1,
+    batch: int = 16,
+    progress: Progress | None = None,
+    pause: Pause | None = None,
+) -> None:
+    """Give `keep` (site, prompt, its selected rows (tokens, width) on the model's device) as soon as they are computed.
+
+    For statistics that need every token and would not fit in memory as tokens. Arguments and errors as of `capture`.
+    """
+    _run(plant, prompts, sites, _select(plant, prompts, positions, skip), batch, progress, keep, pause)
+
+
 def _run(
     plant: Plant,
     prompts: Sequence[Sequence[int]],

@@ -91,6 +91,11 @@ class Engine:
             self._aborts.append(request_id)
             self._wake.notify_all()
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether `stop` was called: no request is taken any more."""
+        return self._closing
+
     def start(self) -> None:
         """Run the steps on a thread of the engine's own, until `stop`."""
         if self._thread is None:

@@ -52,9 +52,9 @@ class GateTensors:
             rows[spot.gate.site] = slice(first, start)
         spots = [frame.spots[i] for i in by_site for _ in order[i]]
         rules_GPR = np.zeros((start, *strength_TPR.shape[1:]), dtype=np.float32)
-        for row, spot in enumerate(spots):
-            decided = np.array([spot.gate.decides(route) for route in frame.routes])
-            rules_GPR[row, :, : len(spot.channels_R)] = decided[:, None] & spot.channels_R
+        for i, spot in enumerate(frame.spots):
+            decided_P = np.array([spot.gate.decides(route) for route in frame.routes])
+            rules_GPR[order[i], :, : len(spot.channels_R)] = decided_P[:, None] & spot.channels_R
         return cls(
             rows,
             torch.from_numpy(np.concatenate([frame.spots[i].tokens_K for i in by_site])).to(device),

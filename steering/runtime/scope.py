@@ -85,7 +85,8 @@ class Steering:
         masks_NI = np.stack([term.scope.prompt_mask(n_prompt) for term in program.terms])
         for mask_I, term in zip(masks_NI, program.terms, strict=True):
             if term.gate is not None and term.gate.when.on == "prompt":
-                mask_I[:-1] = False  # not decided before the last token
+                # Not decided before the last token, nor there for laws that all write before the gate.
+                mask_I[: -1 if term.is_in_time else None] = False
         prompt = masks_NI.T.astype(np.uint8) @ knobs.terms_NR.astype(np.uint8) > 0
         steering = cls(program, slot, knobs, prompt)
         steering._settle()
@@ -211,8 +212,10 @@ def admitted(steered: Steered, spots: Sequence[Spot], measured: Sequence[np.ndar
     """`steered` without what closed gates kept from acting; `measured[i]` are the projections of `spots[i]`."""
     active_KR = steered.active_KR
     for spot, z_K in zip(spots, measured, strict=True):
+        if spot.request_id != steered.request_id:
+            continue
         closed = [token for token, z in zip(spot.tokens_K, z_K, strict=True) if not spot.gate.is_open(float(z))]
-        if spot.request_id == steered.request_id and closed:
+        if closed:
             active_KR = active_KR & ~(np.isin(steered.tokens_K, closed)[:, None] & spot.channels_R)
     if active_KR is steered.active_KR:
         return steered

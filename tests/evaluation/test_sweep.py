@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from steering import Engine, EngineSettings, Plant, Request, Sampling
-from steering.errors import SpecError
+from steering.errors import QueueFull, SpecError
 from steering.evaluation.sweep import Sweep, generate_few
 from tests.plants import tiny, tiny_tokenizer
 
@@ -82,6 +82,22 @@ def test_what_the_pause_raises_aborts_what_runs(plant: Plant) -> None:
     assert engine.stats().running + engine.stats().waiting == 0
     assert set(engine.stats().finished) == {"abort"}
     engine.stop()
+
+
+def test_an_engine_that_shuts_down_ends_the_wait(plant: Plant) -> None:
+    engine = Engine(plant, EngineSettings(max_batch=8))
+    engine.start()
+    calls = 0
+
+    def pause() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            engine.stop()
+        assert calls < 20, "it waits for ever"
+
+    with pytest.raises(QueueFull, match="shutting down"):
+        generate_few(engine, requests(4, 100), 1, pause)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from steering.condition import When
 from steering.errors import SpecError
 from steering.methods import Lqr, compile_program
+from steering.program import Scope
 from steering.types import across
 from tests.toy import toy
 
@@ -35,6 +37,12 @@ def test_bounds_are_those_of_the_units() -> None:
         assert [term.gate.is_open(z) for z in (term.gate.low, term.gate.high, math.nan)] == [False] * 3
 
 
+def test_a_gate_behind_all_blocks_is_for_the_steps_that_follow() -> None:
+    [late] = compile_program([lqr((1, 2), layer=3, above=0.0)], TOY).terms
+    [early] = compile_program([replace(lqr((1, 2), layer=2, above=0.0), apply=Scope("last", "none"))], TOY).terms
+    assert (late.is_in_time, early.is_in_time) == (False, True)
+
+
 def test_one_bound_leaves_the_other_side_open() -> None:
     [above] = compile_program([lqr(layer=2, above=0.0)], TOY).terms
     [below] = compile_program([lqr(layer=2, below=0.0)], TOY).terms
@@ -56,6 +64,12 @@ def test_asked_at_every_token_only_the_blocks_from_the_gate_on_are_ruled() -> No
         (lambda: lqr(layer=5, above=0.0), "interventions[0].when.layer"),
         (lambda: lqr(layer=-1, above=0.0), "interventions[0].when.layer"),
         (lambda: lqr((1, 2), layer=3, above=0.0, on="token"), "interventions[0].when.layer"),
+        (
+            lambda: replace(lqr((1, 2), layer=3, above=0.0), apply=Scope("last", "none")),
+            "interventions[0].when.layer",
+        ),
+        (lambda: lqr(layer=3, above=1e39, units="absolute"), "interventions[0].when.above"),
+        (lambda: lqr(layer=3, above=1.0, below=1 + 1e-9, units="absolute"), "interventions[0].when.below"),
         (
             lambda: Lqr(concept="tone", setpoint=1.0, when=When(concept="other", layer=1, above=0.0)),
             "interventions[0].when.concept",

@@ -11,21 +11,33 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from steering.condition import When
 from steering.errors import SpecError, StaleFingerprint
 from steering.methods import Add, Clamp, Lqr, Pid, compile_program
 from steering.program import Positions, Program, Scope, Window
 from steering.registry import REGISTRY, Intervention, register, summary
+from tests import plans
 from tests.control.cases import directions
 from tests.toy import Toy, run, states, toy
 
-BENCH = toy().resident()
+PLANS = {plan.name: plans.stored(plan) for plan in (plans.eigenshift(), plans.subspace(), plans.reft())}
+BENCH = replace(toy().resident(), plans=PLANS)
 REQUIRED: dict[str, Any] = {"concept": "tone", "setpoint": 1.25}
 """Values for the fields without a default."""
+OF_PLAN = {"eigenshift": "toxic", "subspace": "pca", "reft": "edit"}
+"""The plan of each method that acts on one."""
+
+
+def minimal(cls: Any) -> dict[str, Any]:
+    """The fields that have to be given."""
+    needed = {name: value for name, value in REQUIRED.items() if has(cls, name)}
+    return needed | ({"plan": OF_PLAN[cls.type]} if cls.type in OF_PLAN else {})
 
 
 def make(cls: type, **changes: Any) -> Any:
-    needed = {name: value for name, value in REQUIRED.items() if has(cls, name)}
-    return cls(**{**needed, **changes})
+    if "apply" in changes and has(cls, "positions"):
+        changes = {"positions": "apply", **changes}
+    return cls(**{**minimal(cls), **changes})
 
 
 def has(cls: type, name: str) -> bool:
@@ -33,20 +45,24 @@ def has(cls: type, name: str) -> bool:
 
 
 every = pytest.mark.parametrize("cls", REGISTRY.values(), ids=REGISTRY)
+on_concept = pytest.mark.parametrize(
+    "cls", [cls for cls in REGISTRY.values() if cls.type not in OF_PLAN], ids=[n for n in REGISTRY if n not in OF_PLAN]
+)
+on_plan = pytest.mark.parametrize("cls", [REGISTRY[name] for name in OF_PLAN], ids=OF_PLAN)
 
 
 def test_the_registered_names() -> None:
-    assert sorted(REGISTRY) == ["ablate", "add", "clamp", "lqr", "pid"]
+    assert sorted(REGISTRY) == ["ablate", "add", "clamp", "eigenshift", "lqr", "pid", "reft", "subspace"]
     assert all(cls.type == name for name, cls in REGISTRY.items())
 
 
 @every
 def test_compiles_to_the_same_program_twice(cls: type) -> None:
-    first, second = (compile_program([make(cls)], bench) for bench in (BENCH, toy().resident()))
+    first, second = (compile_program([make(cls)], bench) for bench in (BENCH, replace(toy().resident(), plans=PLANS)))
     assert first.fingerprint == second.fingerprint
     assert first.shape == second.shape
     assert first.acts
-    assert first.terms[0].label == "tone"
+    assert first.terms[0].label == OF_PLAN.get(cls.type, "tone")  # type: ignore[attr-defined]
     assert first.terms[0].type == cls.type
 
 
@@ -67,7 +83,7 @@ def test_strength_is_a_knob(cls: type) -> None:
     assert weak.fingerprint != strong.fingerprint
 
 
-@every
+@on_concept
 def test_it_reports_at_the_inputs_it_acts_on(cls: type) -> None:
     term = make(cls, layers=(1, 3)).compile(BENCH)
     assert {(str(route.read), str(route.write)) for route in term.gauges} == {
@@ -83,12 +99,13 @@ def test_it_reports_at_the_inputs_it_acts_on(cls: type) -> None:
 @every
 def test_the_cap_bounds_the_effort_of_a_layer(cls: type) -> None:
     cap = 0.01
-    term = make(cls, max_effort=cap, layers=(2,)).compile(BENCH)
+    layers = None if cls.type in OF_PLAN else (2,)  # type: ignore[attr-defined]
+    term = make(cls, max_effort=cap, layers=layers).compile(BENCH)
     x = states(5, BENCH.width).float()
     for route, law in term.laws.items():
         y = torch.zeros(5, BENCH.width)
         assert float(((law(y, x) - y).norm(dim=-1) / x.norm(dim=-1)).max()) <= cap * (1 + 1e-6), route
-    free = make(cls, layers=(2,)).compile(BENCH)
+    free = make(cls, layers=layers).compile(BENCH)
     assert any(float((law(x, x) - x).norm()) > cap * float(x.norm()) for law in free.laws.values())
 
 
@@ -96,10 +113,11 @@ def test_the_cap_bounds_the_effort_of_a_layer(cls: type) -> None:
 def test_json_round_trip(cls: type) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(cls)
     scope = Scope(prompt=Positions((0, -2)), generation=Window((1, 4)))
-    whole = make(cls, strength=0.5, layers=(1, 2), apply=scope, max_effort=0.25)
+    layers = None if cls.type == "eigenshift" else (1, 2)  # type: ignore[attr-defined]
+    whole = make(cls, strength=0.5, layers=layers, apply=scope, max_effort=0.25)
     for spec in (make(cls), whole):
         assert adapter.validate_json(adapter.dump_json(spec)) == spec
-    assert adapter.validate_python({**REQUIRED, "type": cls.type} if has(cls, "setpoint") else {"concept": "tone"})
+    assert adapter.validate_python({**minimal(cls), "type": cls.type})  # type: ignore[attr-defined]
 
 
 @every
@@ -110,7 +128,7 @@ def test_unknown_keys_types_and_selectors_are_refused(cls: type) -> None:
     for change in (
         {"extra": 1},
         {"type": "other"},
-        {"concept": None},
+        {"plan" if has(cls, "plan") else "concept": None},
         {"apply": {"prompt": "first"}},
         {"apply": {"prompt": {"window": [0, 1], "positions": [0]}}},
         {"apply": {"generation": "last"}},
@@ -151,7 +169,7 @@ def test_a_name_is_registered_once() -> None:
 # Refusals
 
 
-NUMBERS = ("strength", "setpoint", "kp", "ki", "kd")
+NUMBERS = ("strength", "setpoint", "kp", "ki", "kd", "alpha", "shift")
 
 
 @every
@@ -180,7 +198,7 @@ def without_direction(layers: tuple[int, ...]) -> Toy:
     return replace(BENCH, tone=replace(BENCH.tone, direction=direction, gains={"dense": dense}))
 
 
-@every
+@on_concept
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -200,7 +218,7 @@ def test_errors_of_compilation_name_the_whole_path(cls: type, changes: dict[str,
     assert caught.value.param == f"steering.targets.tone.{param}"
 
 
-@every
+@on_concept
 def test_layers_at_which_nothing_would_happen_are_refused(cls: type) -> None:
     """Never served unsteered in silence: at layers 2 and 3 the classes do not differ."""
     direction, dense = BENCH.tone.direction.clone(), BENCH.tone.gains["dense"].clone()
@@ -212,7 +230,7 @@ def test_layers_at_which_nothing_would_happen_are_refused(cls: type) -> None:
     assert make(cls, layers=(1,)).compile(BENCH).acts
 
 
-@every
+@on_concept
 def test_a_target_beyond_float32_is_refused(cls: type) -> None:
     if not has(cls, "setpoint"):
         return
@@ -223,7 +241,7 @@ def test_a_target_beyond_float32_is_refused(cls: type) -> None:
     assert make(cls, setpoint=1e30).compile(large).acts  # contained at run time, not here
 
 
-@every
+@on_concept
 def test_the_bench_s_own_errors_pass_with_their_path(cls: type) -> None:
     class Stale(Toy):
         def concept(self, name: str) -> Any:
@@ -232,6 +250,39 @@ def test_the_bench_s_own_errors_pass_with_their_path(cls: type) -> None:
     with pytest.raises(StaleFingerprint) as caught:
         compile_program([make(cls)], Stale(BENCH.A_LDD, BENCH.K_LDD, BENCH.tone))
     assert caught.value.param == "interventions[0].concept"
+
+
+@on_plan
+def test_errors_of_a_plan_name_the_whole_path(cls: type) -> None:
+    class Stale(Toy):
+        def plan(self, name: str, kind: Any) -> Any:
+            raise StaleFingerprint("of another model", param="plan")
+
+    others = [name for name in PLANS if name != OF_PLAN[cls.type]]  # type: ignore[attr-defined]
+    for name in ("absent", *others):
+        with pytest.raises(SpecError) as caught:
+            compile_program([make(cls), make(cls, plan=name)], BENCH)
+        assert caught.value.param == "interventions[1].plan"
+    with pytest.raises(StaleFingerprint) as stale:
+        compile_program([make(cls)], Stale(BENCH.A_LDD, BENCH.K_LDD, BENCH.tone))
+    assert stale.value.param == "interventions[0].plan"
+
+
+@on_plan
+@pytest.mark.parametrize("layers", [(), (9,), (-1,)])
+def test_impossible_layers_of_a_plan_are_refused_by_name(cls: type, layers: tuple[int, ...]) -> None:
+    with pytest.raises(SpecError) as caught:
+        make(cls, layers=layers).compile(BENCH)
+    assert caught.value.param == "layers"
+
+
+@on_plan
+def test_a_plan_s_method_may_be_conditioned(cls: type) -> None:
+    for on in ("prompt", "token"):
+        when = When(concept="tone", layer=1, above=0.0, on=on)  # type: ignore[arg-type]
+        (term,) = compile_program([make(cls, when=when)], BENCH).terms
+        assert term.gate is not None
+        assert set(term.laws) == set(make(cls).compile(BENCH).laws)
 
 
 # Units and layers
@@ -250,7 +301,7 @@ def test_units(cls: type, units: str) -> None:
     assert (term.units, term.target) == (units, 1.5)
 
 
-@every
+@on_concept
 def test_layers_default_to_the_concept_s_and_are_sorted(cls: type) -> None:
     whole = make(cls).compile(BENCH)
     assert sorted({route.read.layer for route in whole.gauges}) == [1, 2, 3]

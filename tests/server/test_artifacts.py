@@ -230,6 +230,26 @@ def test_a_reader_sees_an_old_file_or_a_new_one_whole(http: httpx.Client, store:
         writer.join()
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_is_deleted_while_it_is_read_is_not_there(
+    http: httpx.Client, store: Store, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    honest = Artifact.load
+
+    def racing(path: Path) -> Artifact:
+        if moment == "before":
+            path.unlink()
+        found = honest(path)
+        path.unlink(missing_ok=True)
+        return found
+
+    for name, address in (("happy", ""), ("animal", "/content")):
+        with monkeypatch.context() as during:
+            during.setattr(Artifact, "load", racing)
+            answer = http.get(f"{ARTIFACTS}/{name}{address}")
+        assert error(answer, 404)["code"] == "artifact_not_found"
+
+
 def test_deleting(http: httpx.Client, store: Store) -> None:
     address = f"{ARTIFACTS}/animal"
     http.put("/v1/steering/presets/zoo", json={"interventions": [{"type": "ablate", "concept": "animal"}]})

@@ -147,6 +147,13 @@ def test_verify_finds_the_damaged_file(folder: Path) -> None:
 def test_import_and_export(model_folder: Path, folder: Path, tmp_path: Path) -> None:
     store, files = tmp_path / "store", tmp_path / "files"
     options = ["--store", store]
+    nowhere = run("artifacts", "export", "happy", "-o", files / "out.safetensors", "--store", folder)
+    assert nowhere.exit_code == 2
+    assert "folder that exists" in nowhere.stderr
+    files.mkdir()
+    wrong = run("artifacts", "export", "happy", "--format", "safetensors", "-o", files / "out.gguf", "--store", folder)
+    assert wrong.exit_code == 2
+    assert not list(files.iterdir())
     whole = run("artifacts", "export", "happy", "-o", files / "out.safetensors", "--store", folder)
     assert whole.exit_code == 0, whole.output
     brought = run("artifacts", "import", files / "out.safetensors", *options, "--json")
@@ -162,7 +169,7 @@ def test_import_and_export(model_folder: Path, folder: Path, tmp_path: Path) -> 
     assert made.exit_code == 0, made.output
     assert Store(store).load("my-vector").body["layers"] == [1, 2]
     out = files / "back.gguf"
-    assert run("artifacts", "export", "my-vector", "--format", "gguf", "--output", out, *options).exit_code == 0
+    assert run("artifacts", "export", "my-vector", "--output", out, *options).exit_code == 0
     back = read_vectors(out)
     assert {block: vector.numpy().tobytes() for block, vector in back.vectors.items()} == {
         block: vector.tobytes() for block, vector in given.items()
@@ -222,3 +229,21 @@ def test_foreign_kernels_package_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert run("doctor", "--store", tmp_path).exit_code == 1
     check = next(check for check in doctor.diagnose(tmp_path) if check.name == "package named kernels")
     assert (check.state, "pip uninstall kernels" in check.fix) == ("failed", True)
+
+
+def test_what_a_preset_uses_is_not_deleted(folder: Path, tmp_path: Path) -> None:
+    Store(tmp_path).save(Store(folder).load("happy"))
+    (tmp_path / "presets").mkdir()
+    preset = tmp_path / "presets" / "host.json"
+    preset.write_text('{"targets": {"happy": 1}}')
+    kept = run("artifacts", "rm", "happy", "--store", tmp_path)
+    assert kept.exit_code == 2
+    assert "preset 'host'" in kept.stderr
+    preset.unlink()
+    assert run("artifacts", "rm", "happy", "--store", tmp_path).exit_code == 0
+
+
+def test_generate_wants_something_to_compare() -> None:
+    nothing = run("generate", "Hello.")
+    assert nothing.exit_code == 2
+    assert "target" in nothing.stderr

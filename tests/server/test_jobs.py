@@ -319,6 +319,21 @@ def test_a_bad_sweep_names_its_field(http: httpx.Client, change: dict[str, Any],
     assert error(http.post("/v1/steering/sweep", json={**SWEEP, **change}), 400)["param"] == param
 
 
+def test_what_a_sweep_needs_is_not_deleted(http: httpx.Client, plant: Plant, store: Path) -> None:
+    replace(Store(store).load("happy"), name="swept").save(store)
+    many = {**SWEEP, "grid": [1.0] * 32, "prompts": ["the cat"] * 64, "max_tokens": 512}
+    ids = [started(http, "sweep", many), started(http, "sweep", {**many, "concept": "swept"})]
+    assert http.get(f"/v1/steering/jobs/{ids[1]}").json()["state"] == "queued"
+    address = "/v1/steering/artifacts/swept"
+    assert "in use by a job" in error(http.delete(address), 409)["message"]
+    assert http.delete(f"/v1/steering/jobs/{ids[0]}").status_code == 202
+    when(http, ids[1], lambda job: job["state"] == "running")
+    assert "in use by a job" in error(http.delete(address), 409)["message"]
+    assert http.delete(f"/v1/steering/jobs/{ids[1]}").status_code == 202
+    assert over(http, ids[1])["state"] == "cancelled"
+    assert http.delete(address).status_code == 200
+
+
 def test_a_cancelled_sweep_frees_its_places(http: httpx.Client, plant: Plant, store: Path) -> None:
     id_ = started(http, "sweep", {**SWEEP, "grid": [1.0] * 32, "prompts": ["the cat"] * 64, "max_tokens": 1024})
     when(http, id_, lambda job: job["state"] == "running")

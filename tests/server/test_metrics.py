@@ -177,6 +177,18 @@ def test_running_waiting_refused_and_left(lonely: httpx.Client) -> None:
     assert after["num_requests_running"] == after["num_requests_waiting"] == 0
 
 
+def test_no_request_owns_a_sum(lonely: httpx.Client) -> None:
+    """A setpoint of almost nothing is missed by any factor, which may be no float any more."""
+    before = figures(lonely)
+    for setpoint in (1e-310, 1e-30):
+        body = {"prompt": "the cat", "max_tokens": 2, "steering": {"targets": {"happy": setpoint}}}
+        assert lonely.post("/v1/completions", json=body).status_code == 200
+    after = figures(lonely)
+    assert change(before, after, "steering_tracking_error_ratio_count") == 2
+    assert 0 < change(before, after, "steering_tracking_error_ratio_sum") <= 200
+    assert change(before, after, "steering_tracking_error_ratio_bucket[5.0]") == 0
+
+
 def test_clients_cannot_make_series(lonely: httpx.Client) -> None:
     for path in ("/a", "/b/c", "/v1/models/x", "/v1/models/y", "/v1/steering/artifacts/z"):
         lonely.get(path)

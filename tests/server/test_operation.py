@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import httpx
 import pytest
 
 from server.app import create_app
+from server.host import READERS
 from server.settings import ServerSettings
 from steering import Plant
 from tests.server.conftest import serving
@@ -224,3 +227,88 @@ def test_no_thread_is_left_by_a_closed_server(plant: Plant, folder: Path) -> Non
     with serving(plant, folder, ServerSettings()):
         pass
     assert sum(t.name == "setpoint-engine" for t in threading.enumerate()) == count
+
+
+THREADS = 40
+"""How many anyio has, on which everything runs that takes long."""
+
+
+class Held:
+    """Stands in for a function that takes long: it is over when `over` is set."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            self.calls += 1
+        self.over.wait()
+        return {}
+
+
+@contextmanager
+def asking(address: httpx.URL, path: str, body: dict[str, Any], times: int) -> Iterator[list[int]]:
+    """So many clients that ask for the same thing at once; the statuses they got, when the block has ended."""
+    statuses: list[int] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=address, timeout=60) as one:
+            statuses.append(one.post(path, json=body).status_code)
+
+    clients = [threading.Thread(target=ask) for _ in range(times)]
+    for client in clients:
+        client.start()
+    yield statuses
+    for client in clients:
+        client.join()
+
+
+def test_health_is_told_while_every_thread_is_taken(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held()
+    monkeypatch.setattr("server.routes.models._tokenized", held)
+    with asking(client.base_url, "/tokenize", {"prompt": "a"}, THREADS + 1) as statuses:
+        while held.calls < THREADS:
+            time.sleep(0.01)
+        try:
+            for path in ("/health/live", "/health/ready", "/v1/steering/jobs"):
+                assert client.get(path, timeout=5).status_code == 200
+        finally:
+            held.over.set()
+    assert statuses == [200] * (THREADS + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "slow"),
+    [
+        ("/v1/capture", {"prompt": "a", "sites": ["final"]}, "server.routes.capture._captured"),
+        ("/v1/steering/trace", {"prompt": "a", "concepts": ["happy"]}, "server.routes.steering._trace"),
+    ],
+    ids=["capture", "trace"],
+)
+def test_those_who_read_the_model_stand_in_line(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], slow: str
+) -> None:
+    """However many there are, others are served meanwhile; who leaves the line costs nothing more."""
+    held = Held()
+    monkeypatch.setattr(slow, held)
+    with asking(client.base_url, path, body, THREADS + 1) as statuses:
+        while held.calls < READERS:
+            time.sleep(0.01)
+        try:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(path, json=body, timeout=0.5)
+            assert quick(client).status_code == 200
+            assert held.calls == READERS
+        finally:
+            held.over.set()
+    assert statuses == [200] * (THREADS + 1)
+    assert held.calls == THREADS + 1
+
+
+def test_the_twin_of_a_bound_on_kl_needs_a_second_place(narrow: httpx.Client) -> None:
+    steering = {"targets": {"happy": 1.0}, "guard": {"max_kl": 0.1}}
+    found = error(narrow.post("/v1/completions", json={"prompt": "a", "steering": steering}), 400)
+    assert found["param"] == "steering.guard.max_kl"
+    assert found["message"].startswith("steering.guard.max_kl: ")

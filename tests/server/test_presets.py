@@ -250,7 +250,8 @@ def test_an_error_inside_a_saved_object_names_what_brought_it(http: httpx.Client
     narrow = {"concept": "happy", "setpoint": 1.0, "apply": {"prompt": {"positions": [50]}, "generation": "none"}}
     http.put(DEFAULT, json={"interventions": [{"type": "lqr", **narrow}]})
     told = error(http.post("/v1/completions", json=PROMPT), 400)
-    assert told["message"].startswith("steering.default: in the server's default, interventions[0].apply: expected")
+    where = "steering.default: in the server's default, interventions[0].apply.prompt.positions: expected"
+    assert told["message"].startswith(where)
 
 
 def test_a_damaged_file_is_told_and_never_served_unsteered(http: httpx.Client, store: Path) -> None:

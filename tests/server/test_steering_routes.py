@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
+import server.routes.steering
 from server.host import describe
-from steering import Artifact, Store
+from steering import REGISTRY, Artifact, Store, summary
 from tests.server.wire import error
 
 
@@ -21,6 +23,22 @@ def test_types_are_the_registry(client: httpx.Client) -> None:
         assert one["schema"]["additionalProperties"] is False
     assert listed["lqr"]["schema"]["required"] == ["concept", "setpoint"]
     assert listed["lqr"]["schema"]["properties"]["setpoint"]["description"]
+
+
+def test_types_are_described_once_and_not_on_the_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To describe them takes long enough that every stream would wait for it."""
+    threads: list[str] = []
+
+    def watched(method: type) -> str:
+        threads.append(threading.current_thread().name)
+        return summary(method)
+
+    monkeypatch.setattr(server.routes.steering, "summary", watched)
+    server.routes.steering._types.cache_clear()
+    for _ in range(3):
+        assert client.get("/v1/steering/types").status_code == 200
+    assert len(threads) == len(REGISTRY)
+    assert all("AnyIO worker" in name for name in threads)
 
 
 def test_artifacts(client: httpx.Client) -> None:

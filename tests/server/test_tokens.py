@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from server.account import completion_logprobs, echoed_logprobs, prompt_logprobs, text_offsets
+from server.account import completion_logprobs, echoed_logprobs, prompt_logprobs, spelled, text_offsets
 from server.tokens import TokenTable
 from steering.runtime import TokenLogprob
 from tests.plants import tiny_tokenizer
@@ -19,6 +21,11 @@ def byte_level() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<€>")
+
+
+def spelling(names: Sequence[str] | Mapping[int, str]) -> Any:
+    """A table of tokens that have these texts."""
+    return SimpleNamespace(text=names.__getitem__, octets=lambda token: tuple(names[token].encode()))
 
 
 def test_bytes_of_split_characters_join() -> None:
@@ -45,9 +52,9 @@ def test_other_vocabularies_know_the_bytes_of_whole_characters_only() -> None:
 
 def test_offsets_are_where_the_tokens_begin() -> None:
     given = [TokenLogprob(index, -1.0) for index in range(3)]
-    found = completion_logprobs(given, ["ab", "", "cde"].__getitem__, 5)
+    found = completion_logprobs(given, spelling(["ab", "", "cde"]), 5)
     assert found["text_offset"] == [5, 7, 7]
-    assert completion_logprobs([], str)["text_offset"] == []
+    assert completion_logprobs([], spelling([]))["text_offset"] == []
 
 
 def test_offsets_in_a_text_count_its_characters() -> None:
@@ -63,9 +70,22 @@ def test_offsets_in_a_text_count_its_characters() -> None:
 
 def test_of_tokens_that_read_the_same_the_likelier_is_told() -> None:
     one = TokenLogprob(7, -3.0, ((5, -1.0), (6, -2.0)), rank=3)
-    names = {5: "a", 6: "b", 7: "a"}.__getitem__
-    assert completion_logprobs([one], names)["top_logprobs"] == [{"a": -1.0, "b": -2.0}]
-    assert completion_logprobs([TokenLogprob(5, -float("inf"))], names)["token_logprobs"] == [-9999.0]
+    table = spelling({5: "a", 6: "b", 7: "a"})
+    assert completion_logprobs([one], table)["top_logprobs"] == [{"a": -1.0, "b": -2.0}]
+    assert completion_logprobs([TokenLogprob(5, -float("inf"))], table)["token_logprobs"] == [-9999.0]
+
+
+@pytest.mark.parametrize("cut", [3, 8], ids=["in two pieces", "whole"])
+def test_offsets_of_generated_tokens_count_characters_too(cut: int) -> None:
+    """As those of an echoed prompt: four tokens of one character are one character."""
+    tokenizer = byte_level()
+    table = TokenTable(tokenizer)
+    given = [TokenLogprob(token, -1.0) for token in tokenizer("aé😀b").input_ids]
+    first, second = given[:cut], given[cut:]
+    found = completion_logprobs(first, table, 5)["text_offset"]
+    found += completion_logprobs(second, table, 5 + spelled(first, table))["text_offset"]
+    assert found == [5, 6, 6, 7, 7, 7, 7, 8]
+    assert 5 + spelled(given, table) == 9
 
 
 def test_the_first_token_of_a_prompt_has_no_logprob() -> None:

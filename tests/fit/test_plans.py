@@ -1,0 +1,63 @@
+"""One table of fits: settings by kind, refused by name, and a warning where a plan is no better than chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steering.errors import SpecError
+from steering.fit import FitSettings
+from steering.fit.eigenshift import EigenshiftSettings
+from steering.fit.plans import PLAN_SETTINGS, fit_plan, plan_warning, settings_of
+from steering.fit.subspace import SubspaceSettings
+from steering.plan import PLANS
+from steering.plant.plant import Plant
+from tests.fit.test_concept import NEGATIVE, POSITIVE
+from tests.plants import tiny, tiny_tokenizer
+
+
+def test_settings_are_of_their_kind() -> None:
+    assert settings_of("concept", {"q": 2.0}) == FitSettings(q=2.0)
+    assert settings_of("eigenshift", {"components": 3}) == EigenshiftSettings(components=3)
+    assert settings_of("subspace", {"layers": (1,)}, depth=2) == SubspaceSettings(layers=(1,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "param"),
+    [
+        ("neurons", {}, "kind"),
+        ("eigenshift", {"q": 1.0}, "q"),
+        ("concept", {"components": 3}, "components"),
+        ("subspace", {"selection": "signed"}, "selection"),
+        ("subspace", {"layers": (2,)}, "layers"),
+        ("concept", {"layers": (2,)}, "layers"),
+        ("eigenshift", {"components": 0}, "components"),
+    ],
+)
+def test_what_a_kind_does_not_have_is_refused_by_name(kind: str, given: dict[str, Any], param: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        settings_of(kind, given, depth=2)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("kind", PLAN_SETTINGS)
+def test_a_fit_gives_a_plan_of_its_kind(kind: str) -> None:
+    plant = Plant(tiny("llama"), tiny_tokenizer())
+    settings: Any = settings_of(kind, {"skip": 2})
+    plan = fit_plan(plant, "tone", POSITIVE, NEGATIVE, settings)
+    assert type(plan) is PLANS[kind]
+    assert (plan.name, plan.model, plan.provenance["examples"]) == (
+        "tone",
+        plant.fingerprint,
+        {"positive": 12, "negative": 12},
+    )
+
+
+def test_doubts_are_told() -> None:
+    good = {"auroc": 0.9, "separation": 2.0, "measured_on": "held-out", "random": {"separation": 1.0}}
+    assert plan_warning({"spikes": [3]}) is None
+    assert plan_warning(good) is None
+    assert "do not tell the classes apart" in str(plan_warning({**good, "auroc": 0.6}))
+    assert "no better than random" in str(plan_warning({**good, "separation": 1.0}))
+    assert "that were fitted" in str(plan_warning({**good, "measured_on": "fitted"}))
