@@ -7,12 +7,17 @@ rounded ones: they are scalars, and the approximate ones would cost a bit of the
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.feedback import TINY, check_shapes, reference
+
+MOST_UNROLLED = 8
+"""Most channels that are unrolled: compiling takes 2 s then, and takes 138 with 128 of them. Plans need as many."""
 
 
 @triton.jit
@@ -21,7 +26,7 @@ def _feedback_kernel(  # type: ignore[no-untyped-def]  # pointers and strides ha
     y_t, x_t, slot_s, probe_s, probe_r, gain_s, gain_r, norm_s, norm_r, limit_s, limit_r, setpoint_t, setpoint_r,
     strength_t, strength_r, cap_t, cap_r, budget_t, spent_t, measured_t, measured_r, effort_t, saturated_t,
     D, E,
-    R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLOOR: tl.constexpr,
+    R: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLOOR: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token: names are pointers, a suffix after the underscore is the stride of that dimension."""
     row = tl.program_id(0).to(tl.int64)  # 64 bits: T·D passes 2³¹ in a long prompt
@@ -43,24 +48,26 @@ def _feedback_kernel(  # type: ignore[no-untyped-def]  # pointers and strides ha
     u_E = tl.zeros([BLOCK_E], dtype=tl.float32)
     touched = slot < 0
     bites = slot < 0
-    for j in tl.static_range(R):
-        c_D = tl.load(probe + slot * probe_s + j * probe_r + d, mask=in_d, other=0.0).to(tl.float32)
-        z = tl.sum(x_D * c_D, axis=0)
-        tl.store(measured + row * measured_t + j * measured_r, z)
-        a = tl.load(strength + row * strength_t + j * strength_r)
-        g = tl.load(norm + slot * norm_s + j * norm_r)
-        active = (a != 0.0) & (g != 0.0)
-        most = tl.load(cap + row * cap_t + j * cap_r)
-        most = tl.where(most < avail, most, avail)
-        most = tl.div_rn(most * size, tl.where(g == 0.0, 1.0, g))
-        sat = tl.abs(a) * tl.load(limit + slot * limit_s + j * limit_r)
-        most = tl.where(sat < most, sat, most)
-        want = a * (tl.load(setpoint + row * setpoint_t + j * setpoint_r) - z)
-        spend = tl.where(want > most, most, tl.where(want < -most, -most, want))
-        g_E = tl.load(gain + slot * gain_s + j * gain_r + e, mask=in_e, other=0.0).to(tl.float32)
-        u_E += tl.where(active, spend, 0.0) * g_E
-        touched = touched | active
-        bites = bites | (active & (spend != want))
+    for first in range(0, R, UNROLL):
+        for i in tl.static_range(UNROLL):
+            j = first + i
+            c_D = tl.load(probe + slot * probe_s + j * probe_r + d, mask=in_d, other=0.0).to(tl.float32)
+            z = tl.sum(x_D * c_D, axis=0)
+            tl.store(measured + row * measured_t + j * measured_r, z)
+            a = tl.load(strength + row * strength_t + j * strength_r)
+            g = tl.load(norm + slot * norm_s + j * norm_r)
+            active = (a != 0.0) & (g != 0.0)
+            most = tl.load(cap + row * cap_t + j * cap_r)
+            most = tl.where(most < avail, most, avail)
+            most = tl.div_rn(most * size, tl.where(g == 0.0, 1.0, g))
+            sat = tl.abs(a) * tl.load(limit + slot * limit_s + j * limit_r)
+            most = tl.where(sat < most, sat, most)
+            want = a * (tl.load(setpoint + row * setpoint_t + j * setpoint_r) - z)
+            spend = tl.where(want > most, most, tl.where(want < -most, -most, want))
+            g_E = tl.load(gain + slot * gain_s + j * gain_r + e, mask=in_e, other=0.0).to(tl.float32)
+            u_E += tl.where(active, spend, 0.0) * g_E
+            touched = touched | active
+            bites = bites | (active & (spend != want))
     if not touched:
         return
 
@@ -118,6 +125,7 @@ def launch(
         *norm_SR.stride(), *limit_SR.stride(), *setpoint_TR.stride(), *strength_TR.stride(), *cap_TR.stride(),
         budget_T.stride(0), spent_T.stride(0), *measured_TR.stride(), effort_T.stride(0), saturated_T.stride(0),
         x_TD.shape[1], y_TE.shape[1],
-        R=probe_SRD.shape[1], BLOCK_D=block_d, BLOCK_E=block_e, FLOOR=TINY,
+        R=probe_SRD.shape[1], UNROLL=math.gcd(probe_SRD.shape[1], MOST_UNROLLED), BLOCK_D=block_d, BLOCK_E=block_e,
+        FLOOR=TINY,
         num_warps=min(16, max(1, max(block_d, block_e) // 512)),
     )  # fmt: skip

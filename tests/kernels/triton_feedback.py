@@ -41,7 +41,15 @@ def run(args: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("T", "D", "E", "R"),
-    [(1, 8, 8, 1), (5, 192, 192, 1), (33, 192, 64, 2), (3, 100, 300, 3), (2, 2304, 2304, 8), (9, 8, 2304, 5)],
+    [
+        (1, 8, 8, 1),
+        (5, 192, 192, 1),
+        (33, 192, 64, 2),
+        (3, 100, 300, 3),
+        (2, 2304, 2304, 8),
+        (9, 8, 2304, 5),
+        (3, 40, 24, 24),
+    ],
 )
 def test_equals_the_loop_over_tokens_and_channels(T: int, D: int, E: int, R: int, dtype: torch.dtype) -> None:
     args = batch(T, D, R, E=E, dtype=dtype, slots="all" if T < 3 else "mixed")
