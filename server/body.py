@@ -39,8 +39,9 @@ class _Repeating(dict[str, Any]):
         self.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
 
 
-def json_body(model: type[Body], *, refuse: bool = False) -> Callable[[Request], Awaitable[Body]]:
-    """A dependency that reads the request's body as `model`. `refuse`: apply the table of unsupported fields."""
+def json_body(model: type[Body], *, refuse: bool = False, least: int = 0) -> Callable[[Request], Awaitable[Body]]:
+    """A dependency that reads the request's body as `model`. `refuse`: apply the table of unsupported fields. `least`:
+    bytes that the body may have in any case, for one that holds more than a prompt."""
 
     async def read(request: Request) -> Body:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -48,7 +49,7 @@ def json_body(model: type[Body], *, refuse: bool = False) -> Callable[[Request],
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Expected the header Content-Type: application/json.", code="unsupported_media_type")
-        raw = await _bytes(request, request.app.state.settings.body_limit)
+        raw = await _bytes(request, max(request.app.state.settings.body_limit, least))
         return await run_in_threadpool(parsed, model, raw, refuse=refuse)
 
     return read

@@ -20,7 +20,9 @@ from server.stream import DONE, frame
 from server.tasks import fit_task, sweep_task
 
 router = APIRouter(prefix="/v1/steering", tags=["Steering"])
-Fit = Annotated[FitRequest, Depends(json_body(FitRequest))]
+EXAMPLES_BYTES = 2**25
+"""A fit's body may be so long whatever `--body-limit` says: two classes of examples are more than a prompt."""
+Fit = Annotated[FitRequest, Depends(json_body(FitRequest, least=EXAMPLES_BYTES))]
 SweepBody = Annotated[SweepRequest, Depends(json_body(SweepRequest))]
 QUIET_SECONDS = 15.0
 """Silence after which a comment is sent, so that nobody on the way takes the connection for dead."""

@@ -595,3 +595,11 @@ def test_nothing_in_a_result_is_nan(http: httpx.Client) -> None:
         assert not isinstance(node, float) or math.isfinite(node)
 
     walk(listed)
+
+
+def test_examples_may_be_longer_than_a_prompt(http: httpx.Client) -> None:
+    rows = [*["the cat is good " * 40] * 1000, ""]
+    body = {"name": "long", "positive": rows, "negative": rows}
+    assert len(json.dumps(body)) > 400_000
+    assert error(http.post("/v1/steering/fit", json=body), 400)["param"] == "positive[1000]"
+    assert http.post("/v1/steering/sweep", json=body).status_code == 413
