@@ -113,6 +113,7 @@ def fit_concept(
         return lambda done, of: progress(stage, start + (end - start) * done / max(of, 1)) if progress else None
 
     encoded = {side: encode_class(plant, side, rows, settings, pause) for side, rows in classes.items()}
+    filled = sum(len(ids) >= plant.context for rows in encoded.values() for ids, _ in rows)
     states = {
         side: _states(plant, rows, report(f"states ({side})", start, start + 0.3), pause)
         for (side, rows), start in zip(encoded.items(), (0.0, 0.3), strict=True)
@@ -150,7 +151,7 @@ def fit_concept(
         tuple(layers),
         weights,
         settings.gains[0],
-        {**quality, "jacobian_products": products},
+        {**quality, "jacobian_products": products, "filled_context": filled},
         {"settings": asdict(settings), "data": data_hash(classes), "examples": {s: len(x) for s, x in classes.items()}},
     )
     if not gains:

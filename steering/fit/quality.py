@@ -29,4 +29,8 @@ def warning(quality: Mapping[str, Any]) -> str | None:
             "The figures are of the very examples that were fitted, where any direction looks good: give ten or more "
             "of each class."
         )
+    if filled := quality.get("filled_context", 0):
+        return (
+            f"{filled} examples fill the model's context: of what is longer only the end was read; give shorter ones."
+        )
     return None

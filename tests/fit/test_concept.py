@@ -350,3 +350,9 @@ def test_a_row_that_the_model_cannot_take_is_named() -> None:
     with pytest.raises(PlantError) as error:
         fit_concept(Plant(tiny("llama"), bare), "tone", [*POSITIVE[:2], chat], NEGATIVE)
     assert error.value.param == "positive[2]"
+
+
+def test_examples_that_fill_the_context_are_counted(plant: Plant) -> None:
+    cats, others = ["the cat sat", "a good cat", "cat " * 3 * plant.context], ["a dog", "the sun"]
+    concept = fit_concept(plant, "x", cats, others, FitSettings(gains=("identity",), skip=1))
+    assert concept.quality["filled_context"] == 1

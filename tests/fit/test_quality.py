@@ -17,6 +17,7 @@ GOOD: dict[str, Any] = {"auroc": [0.5, 0.95], "split_half_cosine": [0.1, 0.8], "
         ({"auroc": [0.4, 0.69]}, "tells the classes apart"),
         ({"split_half_cosine": [-0.9, 0.2]}, "point different ways"),
         ({"measured_on": "fitted"}, "ten or more"),
+        ({"filled_context": 3}, "3 examples fill"),
     ],
 )
 def test_each_doubt_is_told(change: dict[str, Any], said: str) -> None:
