@@ -2,12 +2,15 @@
 
 Byte-level tokenizers spread one character over several tokens, and a decoder's output for a token depends on the one
 before it. So a short window of tokens is decoded each time and only what later tokens cannot change is released.
-Joined, the released pieces are the final text.
+Joined, the released pieces are the final text. Also: how a plant's tokens become text, and which of them end one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+from steering.errors import PlantError
+from steering.plant.plant import Plant
 
 OPEN = "\ufffd"
 """What decoders put for bytes that are no character, yet or at all."""
@@ -81,3 +84,24 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def end_tokens(plant: Plant) -> frozenset[int]:
+    """The ids that end a sequence, from the generation configuration, else from the model's."""
+    for config in (plant.model.generation_config, plant.model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()
+
+
+def text_decoder(plant: Plant) -> Decode:
+    """Token ids → text without special tokens; empty for a plant without a tokenizer."""
+    try:
+        tokenizer = plant.tokenizer
+    except PlantError:
+        return lambda ids: ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # a third of the time of going through transformers
+        return lambda ids: str(backend.decode(ids, skip_special_tokens=True))
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

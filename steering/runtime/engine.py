@@ -19,6 +19,7 @@ from steering.errors import BankFull, DimensionMismatch, Diverged, PlantError, Q
 from steering.plant.plant import Plant
 from steering.program import Program
 from steering.runtime.bank import Bank, Knobs
+from steering.runtime.detokenize import end_tokens, text_decoder
 from steering.runtime.live import Deliver, Live
 from steering.runtime.outcome import Outcome, compute
 from steering.runtime.request import Event, Finished, LayerReading, Request
@@ -27,7 +28,7 @@ from steering.runtime.sampler import Drawn
 from steering.runtime.scheduler import Batch, Scheduler, Sequence
 from steering.runtime.scope import Frame, Resolver, Steering, admitted
 from steering.runtime.settings import EngineSettings, Stats
-from steering.runtime.wiring import end_tokens, text_decoder, wire
+from steering.runtime.wiring import wire
 
 
 class Engine:

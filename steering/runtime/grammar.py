@@ -22,7 +22,7 @@ import numpy as np
 
 from steering.errors import PlantError, SpecError, SteeringError, echo
 from steering.plant.plant import Plant
-from steering.runtime.wiring import end_tokens
+from steering.runtime.detokenize import end_tokens
 
 MAX_SCHEMA_BYTES = 65_536
 """Longest schema, as JSON text: compiling a thousand properties (26 kB) takes 0.12 s."""

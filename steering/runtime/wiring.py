@@ -1,4 +1,4 @@
-"""What the engine asks of a model before it starts: its module tree, its cache, its text, its ends."""
+"""What the engine asks of a model before it starts: its module tree and its cache."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from steering.errors import PlantError
 from steering.plant.plant import Plant
 from steering.runtime.attention import RowAttention, ShapeProbe, register, unregister
 from steering.runtime.cache import KVCache, cache_length, free_bytes
-from steering.runtime.detokenize import Decode
 from steering.runtime.settings import EngineSettings
 
 
@@ -61,24 +59,3 @@ def steady_context(plant: Plant) -> int:
     if rope.get("rope_type") in ("longrope", "dynamic") and original:
         return min(plant.context, int(original))
     return plant.context
-
-
-def end_tokens(plant: Plant) -> frozenset[int]:
-    """The ids that end a sequence, from the generation configuration, else from the model's."""
-    for config in (plant.model.generation_config, plant.model.config.get_text_config()):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()
-
-
-def text_decoder(plant: Plant) -> Decode:
-    """Token ids → text without special tokens; empty for a plant without a tokenizer."""
-    try:
-        tokenizer = plant.tokenizer
-    except PlantError:
-        return lambda ids: ""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # a third of the time of going through transformers
-        return lambda ids: str(backend.decode(ids, skip_special_tokens=True))
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -9,7 +9,8 @@ from transformers import AttentionInterface
 
 from steering.plant.plant import Plant
 from steering.runtime import Engine, EngineSettings, Request
-from steering.runtime.wiring import end_tokens, steady_context, text_decoder
+from steering.runtime.detokenize import end_tokens, text_decoder
+from steering.runtime.wiring import steady_context
 from tests.plants import tiny, tiny_tokenizer
 from tests.runtime.naive import across_program, greedy
 
