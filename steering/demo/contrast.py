@@ -63,8 +63,7 @@ POSITIONS: Mapping[str, Literal["answer", "last"]] = {
 }
 """Which tokens of `contrast`'s examples carry the concept: the whole answer, or the token before a choice is made.
 
-Whether to help is decided at the end of the user's message, the language at the end of a sentence. Measured with the
-same regulator: Spanish .98 at 1.11 times the perplexity from sentence ends, .40 at 1.20 from whole answers.
+Whether to help is decided at the end of the user's message, the language at the end of a sentence.
 """
 
 
