@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from fastapi import Request as HttpRequest
+from starlette.types import Receive
 
 from server.metrics import Metrics, Watch
 from server.schema.errors import ApiError, from_steering
@@ -63,7 +64,7 @@ class Generation:
 
     async def finished(self, http: HttpRequest) -> list[Finished]:
         """Every request's end, in order. A client that goes away aborts them. Raises ApiError where one failed."""
-        leaving = asyncio.ensure_future(_left(http))
+        leaving = asyncio.ensure_future(left(http.receive))
         ends: dict[int, Finished] = {}
         try:
             collecting = asyncio.ensure_future(self._collect(ends))
@@ -91,9 +92,9 @@ class Generation:
         self._done(self)
 
 
-async def _left(http: HttpRequest) -> None:
+async def left(receive: Receive) -> None:
     """Return when the client has closed the connection."""
-    while (await http.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

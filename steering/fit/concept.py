@@ -27,7 +27,7 @@ from steering.artifact import checked_name
 from steering.concept import Concept
 from steering.control import Weights, output_regulate, regulate_along
 from steering.errors import PlantError, SpecError
-from steering.fit.examples import Example, checked_class, encode_example
+from steering.fit.examples import Example, checked_classes, encode_example
 from steering.plant.capture import Pause, capture_means, state_sites
 from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
@@ -107,18 +107,15 @@ def fit_concept(
     settings = settings or FitSettings()
     checked_name(name)
     layers = settings.controlled(plant.depth)
-    classes = {"positive": checked_class("positive", positive), "negative": checked_class("negative", negative)}
-
-    def report(stage: str, start: float, end: float) -> Callable[[int, int], None]:
-        return lambda done, of: progress(stage, start + (end - start) * done / max(of, 1)) if progress else None
+    classes = checked_classes(positive, negative)
 
     encoded = {side: encode_class(plant, side, rows, settings, pause) for side, rows in classes.items()}
     filled = sum(len(ids) >= plant.context for rows in encoded.values() for ids, _ in rows)
     states = {
-        side: _states(plant, rows, report(f"states ({side})", start, start + 0.3), pause)
+        side: _states(plant, rows, part_of(progress, f"states ({side})", start, start + 0.3), pause)
         for (side, rows), start in zip(encoded.items(), (0.0, 0.3), strict=True)
     }
-    held = {side: _held_out(len(x)) for side, x in states.items()}
+    held = {side: held_out(len(x)) for side, x in states.items()}
     direction, magnitude, origin = difference_of_means(
         states["positive"][~held["positive"]], states["negative"][~held["negative"]]
     )
@@ -135,11 +132,15 @@ def fit_concept(
     if computed:
         prompts = _jacobian_prompts(encoded, settings.jacobian_prompts)
         context = min(LINEAR_CONTEXT, plant.context)
-        linear = Linearisation(plant, prompts, max_context=context, progress=report("prefixes", 0.6, 0.65), pause=pause)
+        linear = Linearisation(
+            plant, prompts, max_context=context, progress=part_of(progress, "prefixes", 0.6, 0.65), pause=pause
+        )
         for index, kind in enumerate(computed):
             start, end = (0.65 + 0.35 * (index + done) / len(computed) for done in (0, 1))
             before = linear.products
-            gains[kind] = _gains(linear, kind, direction, weights, layers, report(f"gains ({kind})", start, end))
+            gains[kind] = _gains(
+                linear, kind, direction, weights, layers, part_of(progress, f"gains ({kind})", start, end)
+            )
             products[kind] = linear.products - before
     concept = Concept(
         name,
@@ -152,7 +153,7 @@ def fit_concept(
         weights,
         settings.gains[0],
         {**quality, "jacobian_products": products, "filled_context": filled},
-        {"settings": asdict(settings), "data": data_hash(classes), "examples": {s: len(x) for s, x in classes.items()}},
+        provenance(asdict(settings), classes),
     )
     if not gains:
         concept = replace(concept, gains={"identity": concept.gain("identity")})
@@ -196,6 +197,17 @@ def auroc(positive_N: Tensor, negative_N: Tensor) -> float:
     return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
 
 
+def part_of(progress: Progress | None, stage: str, start: float, end: float) -> Callable[[int, int], None]:
+    """What reports (done, of) of one stage as the part from `start` to `end` of the whole."""
+    return lambda done, of: progress(stage, start + (end - start) * done / max(of, 1)) if progress else None
+
+
+def provenance(settings: dict[str, Any], classes: dict[str, list[Example]]) -> dict[str, Any]:
+    """What an artifact tells of how it was fitted."""
+    counts = {side: len(rows) for side, rows in classes.items()}
+    return {"settings": settings, "data": data_hash(classes), "examples": counts}
+
+
 def data_hash(classes: dict[str, list[Example]]) -> str:
     """SHA-256 of the examples."""
     return f"sha256:{hashlib.sha256(json.dumps(classes, sort_keys=True).encode()).hexdigest()}"
@@ -215,7 +227,7 @@ def _states(
     return torch.stack([means[site] for site in sites], dim=1)
 
 
-def _held_out(count: int) -> Tensor:
+def held_out(count: int) -> Tensor:
     """Boolean (N,): every fifth example, none where fewer than ten would leave nothing to measure."""
     held = torch.zeros(count, dtype=torch.bool)
     if count >= 2 / HELD_OUT:

@@ -30,8 +30,17 @@ from torch import Tensor, nn
 
 from steering.artifact import checked_name
 from steering.errors import SpecError
-from steering.fit.concept import FitSettings, PositionRule, Progress, auroc, data_hash, encode_class
-from steering.fit.examples import Example, checked_class
+from steering.fit.concept import (
+    FitSettings,
+    PositionRule,
+    Progress,
+    auroc,
+    encode_class,
+    held_out,
+    part_of,
+    provenance,
+)
+from steering.fit.examples import Example, checked_classes
 from steering.plan import MAX_RANK, EigenshiftPlan, Selection
 from steering.plant.capture import Pause, capture_each
 from steering.plant.plant import Plant
@@ -100,13 +109,13 @@ def fit_eigenshift(
     """
     settings = settings or EigenshiftSettings()
     checked_name(name)
-    classes = {"positive": checked_class("positive", positive), "negative": checked_class("negative", negative)}
+    classes = checked_classes(positive, negative)
     encoded = [encode_class(plant, side, rows, settings.reading(), pause) for side, rows in classes.items()]
     pairs = matched(*encoded)
-    held = _held_out(len(pairs[0]))
+    held = held_out(len(pairs[0]))
     read = []
     for side, rows, start in zip(classes, pairs, (0.0, 0.4), strict=True):
-        read.append(_activations(plant, rows, held, _stage(progress, f"states ({side})", start, start + 0.4), pause))
+        read.append(_activations(plant, rows, held, part_of(progress, f"states ({side})", start, start + 0.4), pause))
     fitted, measured = zip(*read, strict=True)
 
     if progress:
@@ -141,11 +150,7 @@ def fit_eigenshift(
         depth=plant.depth,
         width=plant.width,
         quality=quality,
-        provenance={
-            "settings": asdict(settings),
-            "data": data_hash(classes),
-            "examples": {side: len(rows) for side, rows in classes.items()},
-        },
+        provenance=provenance(asdict(settings), classes),
         selection=settings.selection,
         basis=V_DD[:, chosen].mT.float().contiguous(),
         sigma=sigma_D[chosen].float(),
@@ -273,18 +278,6 @@ def _random(usable: Tensor, chosen: Tensor, k: int, generator: torch.Generator) 
     others = usable[~torch.isin(usable, chosen)]
     pool = others if len(others) >= k else usable
     return pool[torch.randperm(len(pool), generator=generator)[:k]]
-
-
-def _held_out(count: int) -> Tensor:
-    """Boolean (N,): every fifth pair, none where fewer than ten would leave nothing to measure."""
-    held = torch.zeros(count, dtype=torch.bool)
-    if count >= 10:
-        held[::5] = True
-    return held
-
-
-def _stage(progress: Progress | None, stage: str, start: float, end: float) -> Callable[[int, int], None]:
-    return lambda done, of: progress(stage, start + (end - start) * done / max(of, 1)) if progress else None
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, Any]:

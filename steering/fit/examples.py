@@ -88,6 +88,11 @@ def checked_class(name: str, examples: Sequence[Example], *, least: int = 2) -> 
     return [checked_example(f"{name}[{row}]", example) for row, example in enumerate(examples)]
 
 
+def checked_classes(positive: Sequence[Example], negative: Sequence[Example]) -> dict[str, list[Example]]:
+    """Both classes of a fit by their names. Raises SpecError as `checked_class` does."""
+    return {"positive": checked_class("positive", positive), "negative": checked_class("negative", negative)}
+
+
 def encode_example(
     plant: Plant, where: str, example: Example, positions: str, skip: int
 ) -> tuple[list[int], Sequence[int]]:

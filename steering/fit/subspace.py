@@ -24,8 +24,8 @@ from torch import Tensor
 
 from steering.artifact import MAX_BYTES, checked_name
 from steering.errors import SpecError
-from steering.fit.concept import FitSettings, PositionRule, Progress, data_hash, encode_class
-from steering.fit.examples import Example, checked_class
+from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, part_of, provenance
+from steering.fit.examples import Example, checked_classes
 from steering.plan import MAX_RANK, SubspacePlan
 from steering.plant.capture import Pause, capture_each
 from steering.plant.plant import Plant
@@ -124,11 +124,11 @@ def fit_subspace(
     D, (K, M) = plant.width, (min(n, plant.width) for n in (settings.leading, settings.trailing))
     if len(layers) * (K + M) * D * 4 > MAX_BYTES // 2:
         raise SpecError("layers", expected="fewer layers, or fewer components: the plan would pass half a gigabyte")
-    classes = {"positive": checked_class("positive", positive), "negative": checked_class("negative", negative)}
+    classes = checked_classes(positive, negative)
     read = {}
     for side, start in (("positive", 0.0), ("negative", 0.4)):
         rows = encode_class(plant, side, classes[side], settings.reading(), pause)
-        report = _stage(progress, f"states ({side})", start, start + 0.4)
+        report = part_of(progress, f"states ({side})", start, start + 0.4)
         read[side] = _moments(plant, rows, layers, side == "negative", report, pause)
     if any(moments.count < 2 for side in read.values() for moments in side.values()):
         raise SpecError("negative", expected="at least two tokens of each class to read at every block")
@@ -158,11 +158,7 @@ def fit_subspace(
         depth=plant.depth,
         width=D,
         quality=quality,
-        provenance={
-            "settings": asdict(settings) | {"layers": list(layers)},
-            "data": data_hash(classes),
-            "examples": {side: len(rows) for side, rows in classes.items()},
-        },
+        provenance=provenance(asdict(settings) | {"layers": list(layers)}, classes),
         layers=layers,
         mean=torch.stack([moments.mean() for moments in reference]).float(),
         spectrum=torch.stack([part.spectrum_D for part in parts]).float(),
@@ -246,7 +242,3 @@ def _moments(
         pause=pause,
     )
     return found
-
-
-def _stage(progress: Progress | None, stage: str, start: float, end: float) -> Callable[[int, int], None]:
-    return lambda done, of: progress(stage, start + (end - start) * done / max(of, 1)) if progress else None
