@@ -52,6 +52,7 @@ def candidates(T: int, D: int, R: int, distinct: bool, device: str) -> dict[str,
     )
     arguments = (
         y_TE, x_TD, slot_T, probe_SRD, gain_SRE, gain_SRE.norm(dim=-1), full(math.inf, SLOTS, R),
+        full(-math.inf, SLOTS, R), full(-math.inf, SLOTS, R), full(0.0, SLOTS, R),
         full(1.0, T, R), full(1e-3, T, R), full(0.5, T, R), full(math.inf, T), full(0.0, T),
         full(0.0, T, R), full(0.0, T), torch.zeros(T, dtype=torch.int32, device=device),
     )  # fmt: skip

@@ -21,10 +21,12 @@ MOST_UNROLLED = 8
 
 
 @triton.jit
-def _feedback_kernel(  # type: ignore[no-untyped-def]  # pointers and strides have no Python type
-    y, x, slot_t, probe, gain, norm, limit, setpoint, strength, cap, budget, spent, measured, effort, saturated,
-    y_t, x_t, slot_s, probe_s, probe_r, gain_s, gain_r, norm_s, norm_r, limit_s, limit_r, setpoint_t, setpoint_r,
-    strength_t, strength_r, cap_t, cap_r, budget_t, spent_t, measured_t, measured_r, effort_t, saturated_t,
+def _feedback_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # pointers and strides have no Python type
+    y, x, slot_t, probe, gain, norm, limit, knee, floor, relative, setpoint, strength, cap, budget, spent, measured,
+    effort, saturated,
+    y_t, x_t, slot_s, probe_s, probe_r, gain_s, gain_r, norm_s, norm_r, limit_s, limit_r, knee_s, knee_r,
+    floor_s, floor_r, relative_s, relative_r, setpoint_t, setpoint_r, strength_t, strength_r, cap_t, cap_r,
+    budget_t, spent_t, measured_t, measured_r, effort_t, saturated_t,
     D, E,
     R: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, FLOOR: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -51,8 +53,10 @@ def _feedback_kernel(  # type: ignore[no-untyped-def]  # pointers and strides ha
     for first in range(0, R, UNROLL):
         for i in tl.static_range(UNROLL):
             j = first + i
-            c_D = tl.load(probe + slot * probe_s + j * probe_r + d, mask=in_d, other=0.0).to(tl.float32)
-            z = tl.sum(x_D * c_D, axis=0)
+            c_D = tl.load(probe + slot * probe_s + j * probe_r + d, mask=in_d, other=0.0)
+            z = tl.sum(x_D * c_D.to(tl.float32), axis=0)
+            bent = z <= tl.load(knee + slot * knee_s + j * knee_r)
+            z = tl.where(bent, tl.load(floor + slot * floor_s + j * floor_r), z)
             tl.store(measured + row * measured_t + j * measured_r, z)
             a = tl.load(strength + row * strength_t + j * strength_r)
             g = tl.load(norm + slot * norm_s + j * norm_r)
@@ -62,10 +66,12 @@ def _feedback_kernel(  # type: ignore[no-untyped-def]  # pointers and strides ha
             most = tl.div_rn(most * size, tl.where(g == 0.0, 1.0, g))
             sat = tl.abs(a) * tl.load(limit + slot * limit_s + j * limit_r)
             most = tl.where(sat < most, sat, most)
-            want = a * (tl.load(setpoint + row * setpoint_t + j * setpoint_r) - z)
+            aim = tl.load(setpoint + row * setpoint_t + j * setpoint_r)
+            aim = tl.where(tl.load(relative + slot * relative_s + j * relative_r) != 0.0, aim * size, aim)
+            want = a * (aim - z)
             spend = tl.where(want > most, most, tl.where(want < -most, -most, want))
-            g_E = tl.load(gain + slot * gain_s + j * gain_r + e, mask=in_e, other=0.0).to(tl.float32)
-            u_E += tl.where(active, spend, 0.0) * g_E
+            g_E = tl.load(gain + slot * gain_s + j * gain_r + e, mask=in_e, other=0.0)
+            u_E += tl.where(active, spend, 0.0) * g_E.to(tl.float32)
             touched = touched | active
             bites = bites | (active & (spend != want))
     if not touched:
@@ -93,6 +99,9 @@ def launch(
     gain_SRE: Tensor,
     norm_SR: Tensor,
     limit_SR: Tensor,
+    knee_SR: Tensor,
+    floor_SR: Tensor,
+    relative_SR: Tensor,
     setpoint_TR: Tensor,
     strength_TR: Tensor,
     cap_TR: Tensor,
@@ -105,13 +114,13 @@ def launch(
     """The operator as one Triton launch, a program per token; arguments as `feedback_`. float64 goes to `reference`."""
     if y_TE.dtype == torch.float64:
         reference(
-            y_TE, x_TD, slot_T, probe_SRD, gain_SRE, norm_SR, limit_SR, setpoint_TR, strength_TR, cap_TR,
-            budget_T, spent_T, measured_TR, effort_T, saturated_T,
+            y_TE, x_TD, slot_T, probe_SRD, gain_SRE, norm_SR, limit_SR, knee_SR, floor_SR, relative_SR,
+            setpoint_TR, strength_TR, cap_TR, budget_T, spent_T, measured_TR, effort_T, saturated_T,
         )  # fmt: skip
         return
     knobs = (slot_T, setpoint_TR, strength_TR, cap_TR, budget_T)
     tokens = (y_TE, x_TD, *knobs, spent_T, measured_TR, effort_T, saturated_T)
-    check_shapes((probe_SRD, gain_SRE, norm_SR, limit_SR), tokens)
+    check_shapes((probe_SRD, gain_SRE, norm_SR, limit_SR, knee_SR, floor_SR, relative_SR), tokens)
     for name, rows in (("y_TE", y_TE), ("x_TD", x_TD), ("probe_SRD", probe_SRD), ("gain_SRE", gain_SRE)):
         if rows.stride(-1) != 1:
             raise ValueError(f"{name}: rows must be contiguous, their stride is {rows.stride(-1)}; call .contiguous()")
@@ -119,10 +128,11 @@ def launch(
         return
     block_d, block_e = triton.next_power_of_2(x_TD.shape[1]), triton.next_power_of_2(y_TE.shape[1])
     _feedback_kernel[(y_TE.shape[0],)](
-        y_TE, x_TD, slot_T, probe_SRD, gain_SRE, norm_SR, limit_SR, setpoint_TR, strength_TR, cap_TR,
-        budget_T, spent_T, measured_TR, effort_T, saturated_T,
+        y_TE, x_TD, slot_T, probe_SRD, gain_SRE, norm_SR, limit_SR, knee_SR, floor_SR, relative_SR,
+        setpoint_TR, strength_TR, cap_TR, budget_T, spent_T, measured_TR, effort_T, saturated_T,
         y_TE.stride(0), x_TD.stride(0), slot_T.stride(0), *probe_SRD.stride()[:2], *gain_SRE.stride()[:2],
-        *norm_SR.stride(), *limit_SR.stride(), *setpoint_TR.stride(), *strength_TR.stride(), *cap_TR.stride(),
+        *norm_SR.stride(), *limit_SR.stride(), *knee_SR.stride(), *floor_SR.stride(), *relative_SR.stride(),
+        *setpoint_TR.stride(), *strength_TR.stride(), *cap_TR.stride(),
         budget_T.stride(0), spent_T.stride(0), *measured_TR.stride(), effort_T.stride(0), saturated_T.stride(0),
         x_TD.shape[1], y_TE.shape[1],
         R=probe_SRD.shape[1], UNROLL=math.gcd(probe_SRD.shape[1], MOST_UNROLLED), BLOCK_D=block_d, BLOCK_E=block_e,

@@ -2,14 +2,16 @@
 
 For a token t with program s = slot_t, channels j = 1 … R, and the norm ‖x‖ floored at the smallest normal float32,
 
-    z_j = c_j·x                                                      measured                           (1)
-    w_j = a_j clip(r_j − z_j, ±limit_j)                              0 exactly where a_j = 0 or g_j = 0 (2)
+    z_j = c_j·x where that is above knee_j, else floor_j             measured                           (1)
+    w_j = a_j clip(r̂_j − z_j, ±limit_j)                              0 exactly where a_j = 0 or g_j = 0 (2)
     ũ_j = clip(w_j, ±min(cap_j, avail) ‖x‖ / ‖g_j‖),                 avail = max(budget − spent, 0)     (3)
     u   = Σ_j ũ_j g_j,   ρ = ‖u‖ / ‖x‖;   if ρ > avail:  u ← u avail/ρ,  ρ ← avail                      (4)
     y ← y + u,   spent ← spent + ρ,   effort ← effort + ρ                                               (5)
 
-with c = probe, g = gain, r = setpoint, a = strength. Equation (2) is the rank-R form of A-LQR's u = K (β − v·x) v
-(arXiv 2604.19018, Sec. 4); (3) and (4) bound the relative effort of one channel and of one request over its layers.
+with c = probe, g = gain, a = strength, and r̂ the setpoint r, times ‖x‖ where relative_j ≠ 0. A knee and floor of −b
+read a ReLU feature of bias b, a knee of θ − b a JumpReLU one; a knee of −∞ is none. Equation (2) is the rank-R form of
+A-LQR's u = K (β − v·x) v (arXiv 2604.19018, Sec. 4); (3) and (4) bound the relative effort of one channel and of one
+request over its layers.
 
 Arithmetic is in float32 (float64 where y is float64), and y is rounded once. Three properties are promised:
 
@@ -24,10 +26,12 @@ Legend: T tokens · D width of the read site · E width of the write site · R c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
+
+from kernels._library import define
 
 TINY = torch.finfo(torch.float32).tiny
 """Floor of ‖x‖, so that a zero row has a finite effort."""
@@ -45,6 +49,9 @@ def feedback_(
     gain_SRE: Tensor,
     norm_SR: Tensor,
     limit_SR: Tensor,
+    knee_SR: Tensor,
+    floor_SR: Tensor,
+    relative_SR: Tensor,
     setpoint_TR: Tensor,
     strength_TR: Tensor,
     cap_TR: Tensor,
@@ -61,10 +68,12 @@ def feedback_(
     slot_T       int32 row of the bank; 0 means no program, and no output of that token is touched
     probe_SRD    c, gain_SRE g: the bank, float32 or the dtype of y
     norm_SR      ‖g‖ float32; limit_SR float32, ≥ 0, +inf where there is none
+    knee_SR      float32, −inf where there is none; floor_SR float32, z below the knee
+    relative_SR  float32, not 0 where the setpoint counts in ‖x‖
     setpoint_TR  r, strength_TR a, cap_TR ≥ 0 (+inf: none): float32 knobs, any strides
     budget_T     float32 ≥ 0, what ρ may sum to over the layers, +inf where there is none
     spent_T      mutated float32: that sum so far
-    measured_TR  mutated float32, any strides: z
+    measured_TR  mutated float32, any strides: z, after the knee
     effort_T     mutated float32: ρ is added
     saturated_T  mutated int32: set to 1 where a limit, a cap or the budget bit
 
@@ -79,6 +88,9 @@ def feedback_(
         gain_SRE,
         norm_SR,
         limit_SR,
+        knee_SR,
+        floor_SR,
+        relative_SR,
         setpoint_TR,
         strength_TR,
         cap_TR,
@@ -98,6 +110,9 @@ def reference(
     gain_SRE: Tensor,
     norm_SR: Tensor,
     limit_SR: Tensor,
+    knee_SR: Tensor,
+    floor_SR: Tensor,
+    relative_SR: Tensor,
     setpoint_TR: Tensor,
     strength_TR: Tensor,
     cap_TR: Tensor,
@@ -115,7 +130,7 @@ def reference(
     """
     if not any(slot_T.tolist()):
         return
-    bank = (probe_SRD, gain_SRE, norm_SR, limit_SR)
+    bank = (probe_SRD, gain_SRE, norm_SR, limit_SR, knee_SR, floor_SR, relative_SR)
     knobs = (slot_T, setpoint_TR, strength_TR, cap_TR, budget_T)
     tokens = (y_TE, x_TD, *knobs, spent_T, measured_TR, effort_T, saturated_T)
     check_shapes(bank, tokens)
@@ -159,22 +174,24 @@ def _control(
     programs = set(slots) - {0}
     if len(programs) == 1:  # as in a prompt: the program's bank row broadcasts, nothing is copied
         only = programs.pop()
-        probe, gain, norm, limit = (each[only] for each in bank)
+        probe, gain, norm, limit, knee, floor, relative = (each[only] for each in bank)
     else:
         slot = take(slot_T)
-        probe, gain, norm, limit = (each.index_select(0, slot) for each in bank)
+        probe, gain, norm, limit, knee, floor, relative = (each.index_select(0, slot) for each in bank)
 
     # (1)
     x = take(x_TD).to(torch.float64 if y_TE.dtype == torch.float64 else torch.float32)
     size_T1 = _norm(x).clamp_min_(TINY)
-    z_TR = (x.unsqueeze(1) * probe).sum(-1)
+    z_TR = _bent((x.unsqueeze(1) * probe).sum(-1), knee, floor)
     put(measured_TR, z_TR)
 
     # (2) and (3) with both bounds as one: rounding is monotone, so ±|a|·limit clips a·e where ±limit clips e.
-    strength_TR = take(strength_TR)
+    setpoint_TR, strength_TR = take(setpoint_TR), take(strength_TR)
     avail_T1 = (take(budget_T) - take(spent_T)).clamp_min_(0).unsqueeze_(1)
     bound_TR = take(cap_TR).minimum(avail_T1).mul(size_T1).div_(norm).minimum(strength_TR.abs().mul_(limit))
-    wanted_TR = (take(setpoint_TR) - z_TR).mul_(strength_TR)
+    if relative.any():
+        setpoint_TR = torch.where(relative != 0, setpoint_TR * size_T1, setpoint_TR)
+    wanted_TR = (setpoint_TR - z_TR).mul_(strength_TR)
     spend_TR = wanted_TR.clamp(-bound_TR, bound_TR)
     bites_TR = spend_TR != wanted_TR
     active_TR = torch.logical_and(strength_TR, norm)
@@ -198,12 +215,19 @@ def _control(
         y = take(y_TE)
         put(y_TE, (y + u_TE).to(y.dtype).where(acts_T1, y))
         rho_T1 = rho_T1.where(acts_T1, 0.0)
-    rho = rho_T1.squeeze(1)
-    add(spent_T, rho)
-    add(effort_T, rho)
-    bit_TR = bites_TR | over_T1
-    if bit_TR.any():
-        put(saturated_T, take(saturated_T) | bit_TR.any(1))
+    for total in (spent_T, effort_T):
+        add(total, rho_T1.squeeze(1))
+    bites_TR |= over_T1
+    if bites_TR.any():
+        put(saturated_T, take(saturated_T) | bites_TR.any(1))
+
+
+def _bent(z_TR: Tensor, knee: Tensor, floor: Tensor) -> Tensor:
+    """z above the knee, floor below it, NaN where z is NaN. knee and floor (R,) or (T, R).
+
+    Costs a look at R numbers a program where no channel has a knee.
+    """
+    return z_TR.where(~(z_TR <= knee), floor.to(z_TR.dtype)) if knee.amax() > -math.inf else z_TR
 
 
 def _norm(rows_TE: Tensor) -> Tensor:
@@ -214,14 +238,14 @@ def _norm(rows_TE: Tensor) -> Tensor:
 def check_shapes(bank: tuple[Tensor, ...], tokens: tuple[Tensor, ...]) -> None:
     """Raise ValueError unless every tensor fits: a kernel would read past its end, and torch would broadcast.
 
-    bank is probe, gain, norm, limit; tokens are the other arguments of `feedback_` in their order.
+    bank is probe, gain, norm, limit, knee, floor, relative; tokens are the other arguments of `feedback_` in order.
     """
-    probe, gain, norm, limit = (each.shape for each in bank)
+    probe, gain, norm, *others = (each.shape for each in bank)
     y, x, slot, setpoint, strength, cap, budget, spent, measured, effort, saturated = (each.shape for each in tokens)
-    if probe != (*norm, x[1]) or gain != (*norm, y[1]) or limit != norm or not norm[1]:
+    if probe != (*norm, x[1]) or gain != (*norm, y[1]) or set(others) != {norm} or not norm[1]:
         raise ValueError(
-            f"the bank must be probe (S, R, {x[1]}), gain (S, R, {y[1]}), norm and limit (S, R) with R ≥ 1, got "
-            f"{tuple(probe)}, {tuple(gain)}, {tuple(norm)} and {tuple(limit)}"
+            f"the bank must be probe (S, R, {x[1]}), gain (S, R, {y[1]}), norm, limit, knee, floor and "
+            f"relative (S, R) with R ≥ 1, got {', '.join(str(tuple(each.shape)) for each in bank)}"
         )
     if not (setpoint == strength == cap == measured == (slot[0], norm[1])):
         raise ValueError(
@@ -242,16 +266,11 @@ def _on_gpu(*arguments: Tensor) -> None:
     launch(*arguments)
 
 
-# Defined by `Library` rather than by `custom_op`, whose bookkeeping of mutated arguments can cost more than the batch:
-# 4 µs a call against 90 with gradients on, 4 against 8 in inference mode (15 arguments, one core).
-_LIBRARY = torch.library.Library("setpoint", "DEF")
-_LIBRARY.define(
+_feedback = define(
     "feedback_(Tensor(a!) y_TE, Tensor x_TD, Tensor slot_T, Tensor probe_SRD, Tensor gain_SRE, Tensor norm_SR, "
-    "Tensor limit_SR, Tensor setpoint_TR, Tensor strength_TR, Tensor cap_TR, Tensor budget_T, Tensor(b!) spent_T, "
-    "Tensor(c!) measured_TR, Tensor(d!) effort_T, Tensor(e!) saturated_T) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "Tensor limit_SR, Tensor knee_SR, Tensor floor_SR, Tensor relative_SR, Tensor setpoint_TR, Tensor strength_TR, "
+    "Tensor cap_TR, Tensor budget_T, Tensor(b!) spent_T, Tensor(c!) measured_TR, Tensor(d!) effort_T, "
+    "Tensor(e!) saturated_T) -> ()",
+    reference,
+    _on_gpu,
 )
-_LIBRARY.impl("feedback_", reference, "CPU")
-_LIBRARY.impl("feedback_", _on_gpu, "CUDA")
-torch.library.register_fake("setpoint::feedback_", lambda *_: None, lib=_LIBRARY)
-_feedback: Callable[..., None] = torch.ops.setpoint.feedback_.default

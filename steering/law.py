@@ -1,13 +1,14 @@
 """The one law that every intervention compiles to.
 
-    y ← y + Σ_j a_j · sat(r_j − c_j·x) g_j                                                            (1)
+    y ← y + Σ_j a_j · sat(r_j − z_j) g_j,          z_j = c_j·x,  or floor_j where c_j·x ≤ knee_j       (1)
 
-x is read at one site, y written at another. Channel j measures c_j·x (the probe), compares it with the setpoint r_j,
+x is read at one site, y written at another. Channel j measures z_j (the probe; with a knee, a rectified one, such as a
+sparse autoencoder's feature), compares it with the setpoint r_j (r_j ‖x‖ where it is relative to the running norm),
 saturates the error at ±limit_j and spends a_j of it along the gain g_j. Two bounds on the relative effort ‖u‖/‖x‖
 follow: `cap_j` per channel, |a_j e_j|·‖g_j‖ ≤ cap_j ‖x‖, and the request's budget over the layers
 (`steering.program.Guard`).
 
-What it covers exactly: addition (c = 0, r = 1, g = the vector), ablation (c = g = v, r = 0), clamp (c = g = v, r = β),
+What is not such a law is an edit (`steering.edit`). What the law covers exactly: addition (c = 0, r = 1, g = the vector), ablation (c = g = v, r = 0), clamp (c = g = v, r = β),
 A-LQR (c = v, r = β, g = K v; arXiv 2604.19018, Sec. 4), the P, I and D terms of S-PID (the I and D terms read earlier
 layers), LEACE, LoReFT and EigenShift at the final norm.
 
@@ -16,17 +17,17 @@ Superposition concatenates channels. It is free of order because all channels re
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from steering.errors import DimensionMismatch, SpecError
-from steering.types import Route
+from steering.types import Form
 
 TINY = torch.finfo(torch.float32).tiny
 """Floor of ‖x‖ under a cap, so that a zero row has a finite effort."""
@@ -36,8 +37,8 @@ TINY = torch.finfo(torch.float32).tiny
 class Law:
     """Saturated output feedback of rank R, float64 or float32, on the CPU until it is made resident.
 
-    probe (R, D), setpoint (R,), gain (R, E), and per channel: limit ≥ 0 (+inf: none), strength a, cap ≥ 0 (+inf: none).
-    `Law.of` fills in the last three. Raises DimensionMismatch when the shapes disagree or there is no channel,
+    probe (R, D), setpoint (R,), gain (R, E), and per channel: limit ≥ 0 (+inf: none), strength a, cap ≥ 0 (+inf: none),
+    knee and floor (−inf: none), relative 0 or 1. `Law.of` fills in all but the first three. Raises DimensionMismatch when the shapes disagree or there is no channel,
     SpecError on NaN, on a probe or gain that is not finite and on a limit or cap below 0.
     """
 
@@ -47,6 +48,11 @@ class Law:
     limit: Tensor
     strength: Tensor
     cap: Tensor
+    knee: Tensor
+    floor: Tensor
+    relative: Tensor
+
+    form: ClassVar[Form] = "law"
 
     def __post_init__(self) -> None:
         if self.probe.ndim != 2 or self.gain.ndim != 2 or not len(self.probe):
@@ -68,6 +74,8 @@ class Law:
                 raise SpecError(field.name, expected="finite numbers")
             if field.name in ("limit", "cap") and (tensor < 0).any():
                 raise SpecError(field.name, expected="numbers >= 0")
+        if not torch.isfinite(self.floor[self.knee > -math.inf]).all():
+            raise SpecError("floor", expected="a finite number wherever there is a knee")
 
     @classmethod
     def of(
@@ -79,6 +87,9 @@ class Law:
         limit: float = math.inf,
         strength: float = 1.0,
         cap: float = math.inf,
+        knee: Tensor | float = -math.inf,
+        floor: Tensor | float = -math.inf,
+        relative: bool = False,
     ) -> Law:
         """A law from its three essential parts.
 
@@ -90,7 +101,8 @@ class Law:
             filled = torch.as_tensor(value, dtype=probe.dtype)
             return filled.expand(probe.shape[0]).clone() if filled.ndim == 0 else filled
 
-        return cls(probe, row(setpoint), gain, row(limit), row(strength), row(cap))
+        rest = (limit, strength, cap, knee, floor, float(relative))
+        return cls(probe, row(setpoint), gain, *(row(value) for value in rest))
 
     @classmethod
     def addition(cls, vector: Tensor) -> Law:
@@ -124,10 +136,14 @@ class Law:
         """Equation (1) with caps and without a budget; returns a new y. The kernel must agree."""
         probe, gain = self.probe.to(x_TD.dtype), self.gain.to(y_TE.dtype)
         norm_R = gain.norm(dim=-1)
-        error_TR = (self.setpoint.to(x_TD.dtype) - x_TD @ probe.mT).clamp(-self.limit, self.limit)
+        size_T1 = x_TD.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        z_TR = x_TD @ probe.mT
+        z_TR = torch.where(z_TR <= self.knee, self.floor.to(z_TR.dtype), z_TR)
+        target_TR = self.setpoint.to(x_TD.dtype) * size_T1.where(self.relative != 0, 1.0)
+        error_TR = (target_TR - z_TR).clamp(-self.limit, self.limit)
         # Selected, not multiplied: an infinite error that nobody spends is 0, not NaN.
         spend_TR = (error_TR * self.strength).where((self.strength != 0) & (norm_R > 0), 0.0)
-        bound_TR = (self.cap * x_TD.norm(dim=-1, keepdim=True).clamp_min(TINY) / norm_R).where(norm_R > 0, math.inf)
+        bound_TR = (self.cap * size_T1 / norm_R).where(norm_R > 0, math.inf)
         return y_TE + spend_TR.clamp(-bound_TR, bound_TR).to(y_TE.dtype) @ gain
 
     def __add__(self, other: Law) -> Law:
@@ -149,28 +165,31 @@ class Law:
         missing = rank - self.rank
         return self if missing == 0 else self + Law.idle(missing, *self.widths, dtype=self.probe.dtype)
 
-    def digest_into(self, sha: hashlib._Hash, names: Iterable[str]) -> None:
-        """Feed the named tensors, as float32 bytes, to a hash."""
-        for name in names:
-            sha.update(f"{name}{tuple(getattr(self, name).shape)}".encode())
-            sha.update(getattr(self, name).to(torch.float32).contiguous().numpy().tobytes())
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can only measure: no channel has a gain."""
+        return not bool(self.gain.any())
 
+    def resident(self, rank: int) -> dict[str, Tensor]:
+        """What a slot of the bank holds, in float32: shared by all requests that differ in their knobs alone.
 
-def superpose(laws: Sequence[Mapping[Route, Law]]) -> dict[Route, Law]:
-    """Join several interventions route by route, channels aligned.
+        Knobs are setpoint, strength and cap. The channels are the first of `rank`.
+        """
+        names = ("probe", "gain", "limit", "knee", "floor", "relative")
+        found = {name: getattr(self.padded(rank), name).to(torch.float32) for name in names}
+        return found | {"norm": found["gain"].norm(dim=-1)}
 
-    Intervention i owns the same channels on every route (as many as its widest law), so that a per-request knob or a
-    scope is a mask over channels, whatever the route. Routes that one of them does not use get idle channels there.
-    Raises DimensionMismatch when two of them give one route different widths.
-    """
-    ranks = [max((law.rank for law in part.values()), default=0) for part in laws]
-    joined: dict[Route, Law] = {}
-    for route in sorted({route for part in laws for route in part}):
-        read, write = next(part[route].widths for part in laws if route in part)
-        channels = [
-            part[route].padded(rank) if route in part else Law.idle(rank, read, write)
-            for part, rank in zip(laws, ranks, strict=True)
-            if rank
-        ]
-        joined[route] = reduce(Law.__add__, channels)
-    return joined
+    def knobs(self, rank: int) -> Tensor:
+        """Setpoint, strength and cap of `rank` channels (3, rank), float32."""
+        padded = self.padded(rank)
+        return torch.stack([getattr(padded, name).to(torch.float32) for name in ("setpoint", "strength", "cap")])
+
+    @staticmethod
+    def join(parts: Sequence[tuple[Law | None, int]]) -> Law:
+        """Superposition of several interventions' laws on one route, each with as many channels as it owns anywhere.
+
+        `parts`: law and channels; None where the intervention does not use the route. At least one law.
+        """
+        read, write = next(law.widths for law, _ in parts if law is not None)
+        owned = [Law.idle(rank, read, write) if law is None else law.padded(rank) for law, rank in parts if rank]
+        return reduce(Law.__add__, owned)

@@ -1,7 +1,7 @@
 """What the engine is given for one request: compiled interventions, where they act, and the request's guard.
 
-A `Term` is one intervention after compilation: laws by route, its scope, and how to translate what its probes measure
-back into the caller's units. A `Program` is the superposition of a request's terms.
+A `Term` is one intervention after compilation: laws and edits by route, its scope, and how to translate what its probes
+measure back into the caller's units. A `Program` is the superposition of a request's terms.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from steering.condition import Gate
+from steering.edit import Acting, Mask, joined
 from steering.errors import SpecError
-from steering.law import Law, superpose
-from steering.types import Route, Units
+from steering.types import Reported, Route, Site
 
 MAX_POSITIONS = 4096
 """Most positions that one selector may list."""
@@ -131,36 +131,50 @@ class Guard:
 class Term:
     """One compiled intervention.
 
-    gauges: per route (origin, scale), so that (c·x − origin)/scale is the measurement of channel 0 in the caller's
+    laws: what acts, by route: laws and, on routes of their forms, edits.
+    gauges: per route (origin, scale), so that (z − origin)/scale is the measurement z of channel 0 in the caller's
     units; only the routes that report are listed. target: the setpoint in those units, None where the method has none.
-    gate: the condition under which the term acts, None for always.
+    gate: the condition under which the term acts, None for always. scopes: one for each channel where they differ, of
+    laws alone; they then take the place of `scope`.
     """
 
     label: str
     type: str
-    laws: Mapping[Route, Law]
+    laws: Mapping[Route, Acting]
     scope: Scope = Scope()
-    units: Units = "centred"
+    units: Reported = "centred"
     target: float | None = None
     gauges: Mapping[Route, tuple[float, float]] = field(default_factory=dict)
     gate: Gate | None = None
+    scopes: tuple[Scope, ...] = ()
 
     @property
     def rank(self) -> int:
         """Channels that this term owns on every route."""
         return max((law.rank for law in self.laws.values()), default=0)
 
+    def scope_of(self, channel: int) -> Scope:
+        """The scope of one of its channels."""
+        return self.scopes[channel] if self.scopes else self.scope
+
+    @property
+    def is_always(self) -> bool:
+        """Whether it acts at every token of a request, whatever is measured."""
+        whole = (self.scope.prompt, self.scope.generation) == ("all", "all")
+        return whole and self.gate is None and not self.scopes
+
     @property
     def is_in_time(self) -> bool:
         """Whether it can act at the very token where its gate is measured: a gain is spent behind the gate."""
         if self.gate is None:
             return True
-        return any(self.gate.decides(route) and bool(law.gain.any()) for route, law in self.laws.items())
+        return any(self.gate.decides(route) and not law.is_idle for route, law in self.laws.items())
 
     @property
     def acts(self) -> bool:
         """False when every strength is zero or the scope selects nothing: the term then leaves the model alone."""
-        somewhere = (self.scope.prompt, self.scope.generation) != ("none", "none")
+        scopes = self.scopes or (self.scope,)
+        somewhere = any((scope.prompt, scope.generation) != ("none", "none") for scope in scopes)
         return somewhere and any(bool((law.strength != 0).any()) for law in self.laws.values())
 
 
@@ -172,9 +186,26 @@ class Program:
     guard: Guard = Guard()
 
     @cached_property
-    def laws(self) -> dict[Route, Law]:
-        """Laws by route with aligned channels: term i owns `channels[i]` on every route."""
+    def laws(self) -> dict[Route, Acting]:
+        """What acts, by route, with aligned channels: term i owns `channels[i]` on every route."""
         return superpose([term.laws for term in self.terms])
+
+    @cached_property
+    def blanks(self) -> frozenset[Site]:
+        """The sites of which nothing is left at any token, so that what feeds them need not be computed.
+
+        None under a budget, which might leave something.
+        """
+        if self.guard.max_effort is not None:
+            return frozenset()
+        always = {
+            c for t, own in zip(self.terms, self.channels, strict=True) if t.is_always for c in range(self.rank)[own]
+        }
+        return frozenset(
+            route.write
+            for route, law in self.laws.items()
+            if isinstance(law, Mask) and law.is_blank and always.issuperset(law.channel)
+        )
 
     @cached_property
     def channels(self) -> tuple[slice, ...]:
@@ -194,26 +225,48 @@ class Program:
 
     @cached_property
     def shape(self) -> str:
-        """Fingerprint of what must be resident on the device: probes, gains and limits.
+        """Fingerprint of what must be resident on the device: probes, gains, limits, masks, planes.
 
         Setpoints, strengths, caps, scopes and guards are per-request knobs, so sweeping them costs no slot.
         """
-        return self._digest(("probe", "gain", "limit"), "")
+        return self._digest("", with_knobs=False)
 
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of everything: equal fingerprints steer alike."""
         around = [
-            [t.label, t.type, t.units, t.target, asdict(t.scope), *([t.gate.digest()] if t.gate else [])]
+            [
+                t.label,
+                t.type,
+                t.units,
+                t.target,
+                *map(asdict, t.scopes or (t.scope,)),
+                *([t.gate.digest()] if t.gate else []),
+            ]
             for t in self.terms
         ]
-        return self._digest(
-            ("probe", "gain", "limit", "setpoint", "strength", "cap"), json.dumps([around, asdict(self.guard)])
-        )
+        return self._digest(json.dumps([around, asdict(self.guard)]), with_knobs=True)
 
-    def _digest(self, names: tuple[str, ...], preamble: str) -> str:
+    def _digest(self, preamble: str, *, with_knobs: bool) -> str:
         sha = hashlib.sha256(preamble.encode())
         for route, law in self.laws.items():
             sha.update(str(route).encode())
-            law.digest_into(sha, names)
+            parts = law.resident(self.rank) | ({"knobs": law.knobs(self.rank)} if with_knobs else {})
+            for name, tensor in parts.items():
+                sha.update(f"{name}{tuple(tensor.shape)}".encode())
+                sha.update(tensor.contiguous().numpy().tobytes())
         return f"sha256:{sha.hexdigest()}"
+
+
+def superpose(parts: Sequence[Mapping[Route, Acting]]) -> dict[Route, Acting]:
+    """Join several interventions route by route, channels aligned.
+
+    Intervention i owns the same channels on every route (as many as its widest law), so that a per-request knob or a
+    scope is a mask over channels, whatever the route. Laws of one route superpose, which knows no order; edits follow
+    each other in the order of the interventions. Raises DimensionMismatch when two give one route unlike widths.
+    """
+    ranks = [max((law.rank for law in part.values()), default=0) for part in parts]
+    routes = sorted({route for part in parts for route in part})
+    return {
+        route: joined(route.form, [(p.get(route), n) for p, n in zip(parts, ranks, strict=True)]) for route in routes
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import kernels
 from steering.errors import DimensionMismatch, SpecError
-from steering.law import Law, superpose
+from steering.law import Law
+from steering.program import superpose
 from steering.types import Route, across, at
 from tests.control.cases import directions, jacobians
 from tests.tolerances import CORE
@@ -39,7 +40,7 @@ def draw(rank: int, seed: int, *, limit: float = math.inf, cap: float = math.inf
     numbers = torch.randn(2 * rank * D + 2 * rank, generator=generator, dtype=torch.float64)
     probe, gain = numbers[: 2 * rank * D].view(2, rank, D)
     law = Law.of(probe, numbers[-rank:], gain, limit=limit, cap=cap)
-    return Law(law.probe, law.setpoint, law.gain, law.limit, numbers[-2 * rank : -rank], law.cap)
+    return replace(law, strength=numbers[-2 * rank : -rank])
 
 
 # Closed forms
@@ -180,9 +181,18 @@ def test_a_zero_state_has_a_finite_effort() -> None:
     assert float((Law.of(V[0], 1.0, V[1], cap=0.5)(Y, zero) - Y).abs().max()) < 1e-30
 
 
-@given(st.integers(0, 99), st.sampled_from([math.inf, 0.4]), st.sampled_from([math.inf, 0.2, 0.0]))
-def test_the_kernel_agrees(seed: int, limit: float, cap: float) -> None:
-    law = draw(3, seed, limit=limit, cap=cap) + Law.idle(1, D, D)
+@given(
+    st.integers(0, 99),
+    st.sampled_from([math.inf, 0.4]),
+    st.sampled_from([math.inf, 0.2, 0.0]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_kernel_agrees(seed: int, limit: float, cap: float, bent: bool, relative: bool) -> None:
+    law = draw(3, seed, limit=limit, cap=cap)
+    if bent:
+        law = replace(law, knee=law.setpoint.sort().values, floor=law.setpoint.flip(0).clone())
+    law = replace(law, relative=torch.full_like(law.cap, float(relative))) + Law.idle(1, D, D)
     y, ones = Y.clone(), torch.ones(T, 1)
     bank = [torch.stack([torch.zeros_like(part), part]).float() for part in (law.probe, law.gain)]
     resident = Law(*(getattr(law, f.name).float() for f in fields(law)))
@@ -192,7 +202,10 @@ def test_the_kernel_agrees(seed: int, limit: float, cap: float) -> None:
         torch.ones(T, dtype=torch.int32),
         *bank,
         bank[1].norm(dim=-1),
-        torch.stack([torch.full_like(resident.limit, math.inf), resident.limit]),
+        *(
+            torch.stack([torch.zeros_like(resident.limit), getattr(resident, n)])
+            for n in ("limit", "knee", "floor", "relative")
+        ),
         *(ones * getattr(resident, name) for name in ("setpoint", "strength", "cap")),
         torch.full((T,), math.inf),
         torch.zeros(T),
@@ -237,23 +250,51 @@ def test_superpose_refuses_one_route_of_two_widths() -> None:
         superpose([{across(0): narrow}, {across(0): draw(1, 0)}])
 
 
-def test_digest_sees_every_named_tensor() -> None:
-    import hashlib
-
-    def digest(law: Law, *names: str) -> str:
-        sha = hashlib.sha256()
-        law.digest_into(sha, names)
-        return sha.hexdigest()
-
+def test_what_is_resident_is_all_but_the_knobs() -> None:
     law = draw(2, 1)
-    assert digest(law, "probe") == digest(2.0 * law, "probe")
-    assert digest(law, "strength") != digest(2.0 * law, "strength")
+    resident = law.resident(3)
+    assert set(resident) == {f.name for f in fields(Law)} - {"setpoint", "strength", "cap"} | {"norm"}
+    assert all(len(tensor) == 3 for tensor in resident.values())
+    assert all(torch.equal(t, (2.0 * law).resident(3)[name]) for name, t in resident.items())
+    assert torch.equal((2.0 * law).knobs(3)[1], 2 * law.knobs(3)[1])
+
+
+# Rectified probes and relative setpoints
+
+
+def test_a_clamped_feature_of_a_sparse_autoencoder() -> None:
+    w, b, c, d = V[0], 0.3, 1.7, V[1]
+    law = Law.of(w, c - b, d, knee=-b, floor=-b)
+    equal(law(Y, X), Y + (c - (X @ w + b).relu())[:, None] * d)
+
+
+def test_a_feature_with_a_jump() -> None:
+    w, b, theta, d = V[0], 0.3, 1.1, V[1]
+    z = X @ w + b
+    law = Law.of(w, -b, d, knee=theta - b, floor=-b)
+    equal(law(Y, X), Y - (z * (z > theta))[:, None] * d)
+
+
+def test_an_addition_relative_to_the_running_norm() -> None:
+    law = Law.of(torch.zeros(D, dtype=torch.float64), 0.2, V[0], relative=True)
+    equal(law(X, X), X + 0.2 * X.norm(dim=-1, keepdim=True) * V[0])
+
+
+def test_a_relative_clamp_holds_the_cosine_of_what_it_reads() -> None:
+    moved = Law.of(V[0], 0.5, V[0], relative=True)(X, X)
+    equal(moved @ V[0], 0.5 * X.norm(dim=-1))
+
+
+def test_a_knee_needs_a_floor() -> None:
+    with pytest.raises(SpecError) as caught:
+        Law.of(V[0], 0.0, V[1], knee=0.0)
+    assert caught.value.param == "floor"
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("name", ["probe", "setpoint", "gain", "limit", "strength", "cap"])
+@pytest.mark.parametrize("name", [f.name for f in fields(Law)])
 def test_nan_is_refused_by_name(name: str) -> None:
     parts = {f.name: getattr(draw(2, 0), f.name).clone() for f in fields(Law)}
     parts[name].view(-1)[0] = math.nan
@@ -271,7 +312,7 @@ def test_impossible_values_are_refused_by_name(name: str, value: float) -> None:
     assert caught.value.param == name
 
 
-@pytest.mark.parametrize("name", ["setpoint", "gain", "limit", "strength", "cap"])
+@pytest.mark.parametrize("name", [f.name for f in fields(Law) if f.name != "probe"])
 @pytest.mark.parametrize("shape", ["short", "deep"])
 def test_shapes_must_agree(name: str, shape: str) -> None:
     parts = {f.name: getattr(draw(2, 0), f.name) for f in fields(Law)}

@@ -5,9 +5,11 @@ and actuator read one quantity. `fn` may change the tensor in place, or return a
 it. Taps of one site run in the order of their installation, each on what the one before it left.
 
     resid_pre   input of block l            attn_in    input of its attention, after its norm where there is one
-    resid_post  output of block l           attn_out   output of its attention, before a post-norm (Gemma, OLMo-2)
-    mlp_act     input of the last linear    mlp_out    output of its MLP, before a post-norm
-    final       output of the final norm, what the head reads
+    attn_act    input of its last linear    attn_out   output of its attention, before a post-norm (Gemma, OLMo-2)
+    mlp_in      input of its MLP            mlp_act    input of the MLP's last linear
+    mlp_out     its output, before a post-norm
+    resid_post  output of block l           final      output of the final norm, what the head reads
+    q_out, k_out, v_out, gate_out, up_out   outputs of single linear maps, in the families that have them apart
 
 `resid_post(l)` and `resid_pre(l + 1)` are the same tensor.
 """
@@ -25,6 +27,8 @@ from steering.errors import PlantError
 from steering.plant.layouts import Layout, blocks_of
 from steering.types import TAPS, Site
 
+SINGLE = ("q_out", "k_out", "v_out", "gate_out", "up_out")
+"""Taps of the outputs of single linear maps."""
 TapFn = Callable[[Tensor], Tensor | None]
 """What a tap calls with the tensor of its site, of whatever batch shape the forward pass has: (…, width)."""
 
@@ -35,7 +39,7 @@ def tap(model: nn.Module, layout: Layout, site: Site, fn: TapFn) -> RemovableHan
     Raises PlantError if the model has no such site.
     """
     module = site_module(model, layout, site)
-    if site.tap in ("resid_pre", "attn_in", "mlp_act"):
+    if site.tap in ("resid_pre", "attn_in", "attn_act", "mlp_in", "mlp_act"):
         return module.register_forward_pre_hook(_before(fn), with_kwargs=True)
     if site.tap == "attn_out":
         return module.register_forward_hook(_after_tuple(fn))
@@ -73,26 +77,53 @@ def site_module(model: nn.Module, layout: Layout, site: Site) -> nn.Module:
     if site.tap == "final":
         return model.get_submodule(layout.final)
     block = blocks[site.layer]
-    if site.tap in ("resid_pre", "resid_post"):
-        return block
-    if site.tap in ("attn_in", "attn_out"):
-        return block.get_submodule(layout.attention)
-    if site.tap == "mlp_out":
-        return block.get_submodule(layout.mlp)
-    if layout.mlp_act is None:
+    if site.tap in SINGLE and site.tap not in layout.outputs:
+        raise PlantError(
+            f"This architecture fuses its linear maps, so it has no {site.tap}: use the output of the attention or of "
+            "the MLP.",
+            param="site.tap",
+        )
+    if site.tap == "mlp_act" and layout.mlp_act is None:
         raise PlantError(
             "This architecture mixes experts, so it has no single MLP activation to tap: use mlp_out, not mlp_act.",
             param="site.tap",
         )
-    return block.get_submodule(layout.mlp_act)
+    paths = {
+        **{"attn_in": layout.attention, "attn_out": layout.attention, "attn_act": layout.attn_act},
+        **{"mlp_in": layout.mlp, "mlp_out": layout.mlp, "mlp_act": layout.mlp_act or ""},
+        **layout.outputs,
+    }
+    return block.get_submodule(paths.get(site.tap, ""))
 
 
 def site_width(model: nn.Module, layout: Layout, site: Site) -> int:
-    """Width of the tensor at `site`: the residual width, or the inner width of the MLP at `mlp_act`."""
+    """Width of the tensor at `site`: the residual width, or that of the linear map before or behind it."""
     module = site_module(model, layout, site)
-    if site.tap != "mlp_act":
-        return int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
-    return int(module.nx if isinstance(module, Conv1D) else module.in_features)  # type: ignore[arg-type]
+    if site.tap in ("mlp_act", "attn_act"):
+        return linear_weight(module).shape[1]
+    if site.tap in SINGLE:
+        return linear_weight(module).shape[0]
+    return int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+
+
+def linears_at(model: nn.Module, layout: Layout, site: Site) -> list[nn.Module]:
+    """The linear maps that read `site`. Raises PlantError where no linear map does, or not the same for all tokens."""
+    module = site_module(model, layout, site)
+    if site.tap in ("attn_act", "mlp_act"):
+        return [module]
+    paths = layout.readers.get(site.tap)
+    if paths is None:
+        raise PlantError(
+            f"No linear map of its own reads {site}: expected attn_in, attn_act, mlp_in or mlp_act.", param="site.tap"
+        )
+    block = blocks_of(model, layout)[site.layer]
+    return [block.get_submodule(path) for path in paths]
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight (out, in) of a linear map, whichever way it is stored."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _before(fn: TapFn) -> Callable[..., Any]:

@@ -4,14 +4,17 @@ Row s of every tensor is slot s; row 0 is all zeros and belongs to unsteered tok
 `shape` fingerprints: probes, gains and limits. Setpoints, strengths and caps are knobs of each request, so that a
 sweep over them shares one slot. One set of tensors per route:
 
-    probe_SRD   gain_SRE   norm_SR = ‖g‖   limit_SR
+    laws     probe_SRD   gain_SRE   norm_SR = ‖g‖   limit_SR   knee_SR   floor_SR   relative_SR
+    edits    what `steering.edit` says of their form, and channel_SM: whose knobs each edit follows
 
-R is one number for the whole bank and doubles when a wider program arrives; only then are the tensors made anew.
+R is one number for the whole bank and doubles when a wider program arrives; the tensors are made anew only then, or
+when a route gets more edits than it had.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,33 +25,36 @@ from steering.errors import BankFull
 from steering.program import Program
 from steering.types import Route
 
+IDLE: Mapping[str, float] = {"limit": float("inf"), "knee": float("-inf"), "floor": float("-inf"), "channel": -1}
+"""What a tensor holds where no program has anything; 0 where it is not listed. An edit of channel −1 does not exist."""
 
-@dataclass(slots=True)
-class LawTensors:
-    """The laws of one route, of all slots."""
 
-    probe_SRD: Tensor
-    gain_SRE: Tensor
-    norm_SR: Tensor
-    limit_SR: Tensor
+class Tensors(dict[str, Tensor]):
+    """What all slots hold on one route, by name; each (slots + 1, …)."""
 
-    @classmethod
-    def zeros(cls, slots: int, rank: int, read: int, write: int, device: torch.device) -> LawTensors:
-        """Laws that do nothing."""
-        return cls(
-            torch.zeros(slots, rank, read, device=device),
-            torch.zeros(slots, rank, write, device=device),
-            torch.zeros(slots, rank, device=device),
-            torch.full((slots, rank), float("inf"), device=device),
-        )
+    def holding(self, slots: int, one: Mapping[str, Tensor], device: torch.device) -> Tensors:
+        """Tensors of `slots` + 1 rows that have room for `one` too: these if they have, else larger copies."""
+        grown = Tensors()
+        for name, tensor in one.items():
+            old = self.get(name)
+            shape = tensor.shape if old is None else tuple(map(max, old.shape[1:], tensor.shape))
+            if old is not None and old.shape[1:] == shape:
+                grown[name] = old
+                continue
+            grown[name] = torch.full((slots + 1, *shape), IDLE.get(name, 0.0), dtype=tensor.dtype, device=device)
+            if old is not None:
+                grown[name][tuple(slice(n) for n in old.shape)] = old
+        return grown
 
-    def widened(self, rank: int) -> LawTensors:
-        """The same laws with idle channels appended up to `rank`."""
-        slots, old, read = self.probe_SRD.shape
-        wide = LawTensors.zeros(slots, rank, read, self.gain_SRE.shape[2], self.probe_SRD.device)
-        for name in self.__slots__:
-            getattr(wide, name)[:, :old] = getattr(self, name)
-        return wide
+    def put(self, slot: int, one: Mapping[str, Tensor]) -> None:
+        """Fill a slot."""
+        for name, tensor in one.items():
+            self.clear_slot(slot, name)
+            self[name][slot][tuple(slice(n) for n in tensor.shape)] = tensor
+
+    def clear_slot(self, slot: int, name: str) -> None:
+        """Make one tensor of a slot hold nothing."""
+        self[name][slot] = IDLE.get(name, 0.0)
 
 
 @dataclass(slots=True)
@@ -65,7 +71,7 @@ class Bank:
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.rank = 1
-        self.routes: dict[Route, LawTensors] = {}
+        self.routes: dict[Route, Tensors] = {}
         self._device = device
         self._held: OrderedDict[str, _Slot] = OrderedDict()
         self._free = list(range(slots, 0, -1))
@@ -100,21 +106,26 @@ class Bank:
         rank, routes = self.rank, dict(self.routes)
         if program.rank > rank:
             rank = 1 << (program.rank - 1).bit_length()
-            routes = {route: laws.widened(rank) for route, laws in routes.items()}
-        for route, law in program.laws.items():
-            if route not in routes:
-                routes[route] = LawTensors.zeros(self._n_slots + 1, rank, *law.widths, self._device)
-        resident = {route: law.to(torch.float32, self._device) for route, law in program.laws.items()}
+        resident = {route: law.resident(rank) for route, law in program.laws.items()}
+        for route, one in resident.items():
+            routes[route] = routes.get(route, Tensors()).holding(self._n_slots, one, self._device)
+            resident[route] = {name: tensor.to(self._device) for name, tensor in one.items()}
+        if rank > self.rank:
+            self._widen(routes, rank, set(resident))
         self.rank, self.routes = rank, routes
         slot = _Slot(self._free.pop(), 0, tuple(program.laws))
-        for route, law in resident.items():
-            tensors = routes[route]
-            tensors.probe_SRD[slot.index, : law.rank] = law.probe
-            tensors.gain_SRE[slot.index, : law.rank] = law.gain
-            tensors.norm_SR[slot.index, : law.rank] = law.gain.norm(dim=-1)
-            tensors.limit_SR[slot.index, : law.rank] = law.limit
+        for route, one in resident.items():
+            routes[route].put(slot.index, one)
         self._held[program.shape] = slot
         return slot
+
+    def _widen(self, routes: dict[Route, Tensors], rank: int, done: set[Route]) -> None:
+        """Give the laws of the other routes `rank` channels too: knobs and laws agree about R."""
+        for route, tensors in routes.items():
+            if route.form == "law" and route not in done:
+                sizes = {name: (rank, *tensor.shape[2:]) for name, tensor in tensors.items()}
+                room = {name: tensor.new_empty(sizes[name]) for name, tensor in tensors.items()}
+                routes[route] = tensors.holding(self._n_slots, room, self._device)
 
     def _evict(self) -> None:
         """Free the slot that has gone unused longest, and the tensors of routes that no other slot fills."""
@@ -129,10 +140,8 @@ class Bank:
             if route not in kept:
                 del self.routes[route]
                 continue
-            tensors = self.routes[route]
-            for tensor in (tensors.probe_SRD, tensors.gain_SRE, tensors.norm_SR):
-                tensor[gone.index] = 0
-            tensors.limit_SR[gone.index] = float("inf")
+            for name in self.routes[route]:
+                self.routes[route].clear_slot(gone.index, name)
         self._free.append(gone.index)
 
 
@@ -154,8 +163,7 @@ class Knobs:
         routes = tuple(program.laws)
         values = np.zeros((len(routes), 3, program.rank), dtype=np.float32)
         for p, law in enumerate(program.laws.values()):
-            for k, tensor in enumerate((law.setpoint, law.strength, law.cap)):
-                values[p, k] = tensor.to(torch.float32).numpy()
+            values[p] = law.knobs(program.rank).numpy()
         terms = np.zeros((len(program.terms), program.rank), dtype=bool)
         for mask, channels in zip(terms, program.channels, strict=True):
             mask[channels] = True

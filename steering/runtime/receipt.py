@@ -18,7 +18,7 @@ from steering.program import Program, Term
 from steering.runtime.request import LayerReading
 from steering.runtime.runner import Reading, write_sites
 from steering.runtime.scope import Spot, Steered
-from steering.types import Route
+from steering.types import Route, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,20 @@ class Tracking:
 
     setpoint: float | None
     units: str
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     by_layer: tuple[float, ...]
+    is_edit: bool = False
+    """Whether what is reported is what an edit met at its own site, in which case the first layer tells as much."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each site."""
+        return tuple(site.layer for site in self.sites)
 
     @property
     def mean(self) -> float:
         """Average over the layers that the program could move."""
-        moved = self.by_layer[1:] if len(self.by_layer) > 1 else self.by_layer
+        moved = self.by_layer[1:] if len(self.by_layer) > 1 and not self.is_edit else self.by_layer
         return sum(moved) / len(moved)
 
     @property
@@ -43,7 +50,8 @@ class Tracking:
 
     def to_json(self) -> dict[str, object]:
         """As in the response."""
-        return {
+        sites = {"sites": [str(site) for site in self.sites]} if self.is_edit else {}
+        return sites | {
             "setpoint": _number(self.setpoint),
             "mean": _number(self.mean),
             "error": _number(self.error),
@@ -142,7 +150,7 @@ class Tally:
     def __post_init__(self) -> None:
         self.gauges = _gauges(self.program)
         # A meter's site is not one where control could be spent: it would only dilute the mean effort.
-        self.n_sites = len(write_sites(tuple(r for r, law in self.program.laws.items() if bool(law.gain.any()))))
+        self.n_sites = len(write_sites(tuple(r for r, law in self.program.laws.items() if not law.is_idle)))
         self._sum_G = np.zeros(len(self.gauges))
         self._count_G = np.zeros(len(self.gauges), dtype=np.int64)
         self._channel_G = np.array([gauge.channel for gauge in self.gauges], dtype=np.int64)
@@ -226,8 +234,9 @@ class Tally:
             tracking[label] = Tracking(
                 own[0][0].term.target,
                 own[0][0].term.units,
-                tuple(g.route.read.layer for g, _ in own),
+                tuple(g.route.read for g, _ in own),
                 tuple(g.in_units(z) for g, z in own),
+                own[0][0].route.form != "law",
             )
         steered = max(self.tokens, 1)
         effort = {

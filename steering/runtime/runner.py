@@ -4,13 +4,13 @@ All tokens of a step, whoever they belong to, run as one sequence (1, T) through
 masks are the attention's business, steering is that of the taps. A tap is installed when a program first needs its
 site and costs a dictionary look-up from then on; a batch without steering launches nothing.
 
-What a law reads: a law that writes the site it reads sees what the model made there, before any other route's control.
-A law that writes elsewhere sees its site as the model goes on with it, all controls there included.
+What a law reads: a law that writes the site it reads sees what the model and the edits made there, before any other
+route's control. A law that writes elsewhere sees its site as the model goes on with it, all controls there included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,14 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels import feedback_
+from kernels import feedback_, mask_, sparsify_, turn_
 from steering.plant.plant import Plant
 from steering.runtime.attention import Placement, RowAttention
 from steering.runtime.bank import Bank
 from steering.runtime.gates import GateTensors
 from steering.runtime.scheduler import Batch, Segment
 from steering.runtime.scope import Frame
-from steering.types import Route, Site
+from steering.runtime.shortcuts import Shortcuts
+from steering.types import Form, Route, Site
+
+OPERATORS: Mapping[Form, Callable[..., None]] = {"law": feedback_, "mask": mask_, "turn": turn_, "sparse": sparsify_}
+RESIDENT: Mapping[Form, tuple[str, ...]] = {
+    "law": ("probe", "gain", "norm", "limit", "knee", "floor", "relative"),
+    "mask": ("scale", "shift", "low", "high", "channel"),
+    "turn": ("plane", "adaptive", "channel"),
+    "sparse": ("weight", "threshold", "count", "rest", "channel"),
+}
+"""What each operator takes of the bank, in its order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,8 @@ class _Launches:
     sites: tuple[Site, ...]
     writes: dict[Site, list[tuple[int, int, Route]]]
     reads: frozenset[Site]
+    blank: frozenset[Site]
+    sparse: frozenset[Site]
     gates: GateTensors | None = None
 
 
@@ -89,6 +101,7 @@ class Runner:
         self._row_length = row_length
         self._device = plant.device
         self._tapped: set[Site] = set()
+        self._shortcuts = Shortcuts(plant, shell)
         self._launches: _Launches | None = None
         self._prepared: tuple[Frame, _Launches] | None = None
         self._states: dict[Site, Tensor] = {}
@@ -102,7 +115,9 @@ class Runner:
         keep += [s.offset + position - s.start for s in judged for position in s.judged]
         ids_3T = torch.from_numpy(self._layout(batch)).to(self._device, non_blocking=True)
         self._attention.place = Placement.of(batch, ids_3T[2], self._device)
-        self._launches = None if frame is None else self._renew(frame, batch.n_tokens)
+        self._launches = work = None if frame is None else self._renew(frame, batch.n_tokens)
+        if work is not None:
+            self._shortcuts.blank, self._shortcuts.sparse = work.blank, work.sparse
         try:
             logits_KV = self._shell(
                 input_ids=ids_3T[:1],
@@ -113,6 +128,7 @@ class Runner:
             reading = None if frame is None else self._collect(frame)
         finally:
             self._launches = None
+            self._shortcuts.blank = self._shortcuts.sparse = frozenset()
             self._states.clear()
         return Output(sampled, logits_KV[: len(sampled)], judged, logits_KV[len(sampled) :], reading)
 
@@ -154,6 +170,9 @@ class Runner:
         reads = frozenset(route.read for route in frame.routes if route.read != route.write)
         for site in reads | writes.keys() | {spot.gate.site for spot in frame.spots}:
             self._tap(site)
+        sparse = frozenset(
+            route.write for p, route in enumerate(frame.routes) if route.form == "sparse" and frame.slot_PT[p].all()
+        )
         knobs_TP3R = torch.from_numpy(frame.knobs_TP3R).to(self._device, non_blocking=True)
         if frame.spots and knobs_TP3R.device.type == "cpu":
             knobs_TP3R = knobs_TP3R.clone()  # gates change it, and the frame may come again
@@ -169,6 +188,8 @@ class Runner:
             sites,
             writes,
             reads,
+            self._shortcuts.blankable(frame.blanks, frame.routes),
+            self._shortcuts.sparsifiable(sparse, n_tokens),
             GateTensors.of(frame, knobs_TP3R[:, :, 1], self._device) if frame.spots else None,
         )
 
@@ -211,10 +232,13 @@ class Runner:
             if work.gates is not None and site in work.gates.rows:
                 work.gates.measure(site, state[0], work.knobs_TP3R[:, :, 1])
             launches = work.writes.get(site, ())
-            # The attention's input may be the residual itself (OLMo-2), which must not change with it.
-            changed = state.clone() if launches and site.tap == "attn_in" else state
+            # What a module reads may be the residual itself (OLMo-2), which must not change with it.
+            changed = state.clone() if launches and site.tap in ("attn_in", "mlp_in") else state
             rows_TD = changed[0]
             for p, w, route in launches:
+                if route.form == "mask" and site in work.blank:
+                    self._account_blank(work, p, w, route)
+                    continue
                 read_TD = rows_TD if route.read == site else self._states[route.read]
                 self._launch(work, p, w, rows_TD, read_TD, route)
             if site in work.reads:
@@ -224,13 +248,20 @@ class Runner:
         return visit
 
     def _launch(self, work: _Launches, p: int, w: int, y_TE: Tensor, x_TD: Tensor, route: Route) -> None:
-        laws = self._bank.routes[route]
-        knobs = work.knobs_TP3R[:, p]
-        feedback_(
-            y_TE, x_TD, work.slot_PT[p], laws.probe_SRD, laws.gain_SRE, laws.norm_SR, laws.limit_SR,
-            knobs[:, 0], knobs[:, 1], knobs[:, 2], work.budget_T, work.spent_T, work.measured_TPR[:, p],
-            work.effort_WT[w], work.saturated_T,
-        )  # fmt: skip
+        own = self._bank.routes[route]
+        setpoint_TR, strength_TR, cap_TR = work.knobs_TP3R[:, p].unbind(1)
+        account = [work.budget_T, work.spent_T, work.measured_TPR[:, p], work.effort_WT[w], work.saturated_T]
+        resident = [own[name] for name in RESIDENT[route.form]]
+        knobs = [setpoint_TR, strength_TR, cap_TR] if route.form in ("law", "turn") else [strength_TR, cap_TR]
+        read = [x_TD] if route.form == "law" else []
+        OPERATORS[route.form](y_TE, *read, work.slot_PT[p], *resident, *knobs, *account)
+
+    def _account_blank(self, work: _Launches, p: int, w: int, route: Route) -> None:
+        """What the kernel would have measured of a mask that leaves nothing, had there been something: ρ = 1."""
+        channel_T1 = self._bank.routes[route]["channel"][work.slot_PT[p].long()][:, :1]
+        work.measured_TPR[:, p].scatter_(1, channel_T1.long(), 1.0)
+        work.effort_WT[w].add_(1.0)
+        work.spent_T.add_(1.0)
 
 
 def write_sites(routes: tuple[Route, ...]) -> tuple[Site, ...]:

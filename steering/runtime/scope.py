@@ -21,7 +21,7 @@ import numpy as np
 from steering.condition import Gate
 from steering.program import Program
 from steering.runtime.scheduler import Batch, Segment
-from steering.types import Route
+from steering.types import Form, Route, Site
 
 if TYPE_CHECKING:
     from steering.runtime.bank import Knobs
@@ -55,6 +55,7 @@ class Frame:
     budget_T          float32 allowed sum of efforts
     steered           one entry per steered segment
     spots             the gates measured in this step
+    blanks            the sites of which every token of the step keeps nothing
     """
 
     routes: tuple[Route, ...]
@@ -63,6 +64,7 @@ class Frame:
     budget_T: np.ndarray
     steered: tuple[Steered, ...]
     spots: tuple[Spot, ...] = ()
+    blanks: frozenset[Site] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
@@ -82,12 +84,14 @@ class Steering:
     @classmethod
     def of(cls, program: Program, slot: int, knobs: Knobs, n_prompt: int) -> Steering:
         """The steering of a sequence whose prompt has `n_prompt` tokens."""
-        masks_NI = np.stack([term.scope.prompt_mask(n_prompt) for term in program.terms])
-        for mask_I, term in zip(masks_NI, program.terms, strict=True):
+        prompt = np.zeros((n_prompt, program.rank), dtype=bool)
+        for term, channels in zip(program.terms, program.channels, strict=True):
+            scopes = term.scopes or (term.scope,)
+            mask_IR = np.stack([scope.prompt_mask(n_prompt) for scope in scopes], axis=1)
             if term.gate is not None and term.gate.when.on == "prompt":
                 # Not decided before the last token, nor there for laws that all write before the gate.
-                mask_I[: -1 if term.is_in_time else None] = False
-        prompt = masks_NI.T.astype(np.uint8) @ knobs.terms_NR.astype(np.uint8) > 0
+                mask_IR[: -1 if term.is_in_time else None] = False
+            prompt[:, channels] = mask_IR
         steering = cls(program, slot, knobs, prompt)
         steering._settle()
         return steering
@@ -123,18 +127,18 @@ class Steering:
 
     def _settle(self) -> None:
         self.always_R = None
-        if all(isinstance(term.scope.generation, str) for term in self.program.terms):
+        scopes = (scope for term in self.program.terms for scope in term.scopes or (term.scope,))
+        if all(isinstance(scope.generation, str) for scope in scopes):
             self.always_R = self._at_step(0)
 
     def _at_step(self, step: int) -> np.ndarray:
         if self.always_R is not None:
             return self.always_R
-        steers = [
-            term.scope.steers_step(step)
-            and (term.gate is None or term.gate.when.on == "token" or self._is_open.get(n, False))
-            for n, term in enumerate(self.program.terms)
-        ]
-        return np.asarray(self.knobs.terms_NR[steers].any(axis=0))
+        acts_R = np.zeros(self.program.rank, dtype=bool)
+        for n, (term, channels) in enumerate(zip(self.program.terms, self.program.channels, strict=True)):
+            if term.gate is None or term.gate.when.on == "token" or self._is_open.get(n, False):
+                acts_R[channels] = [scope.steers_step(step) for scope in term.scopes] or term.scope.steers_step(step)
+        return acts_R
 
 
 class Resolver:
@@ -173,10 +177,13 @@ def _steady_key(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> t
 def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame | None:
     """The frame of any step, from scratch."""
     found = []
+    blanks: list[frozenset[Site]] = []
     for segment in batch.segments:
         steering = steerings.get(segment.sequence.request.id)
         if steering is None or segment.is_shadow or not steering.slot:
+            blanks.append(frozenset())
             continue
+        blanks.append(steering.program.blanks)
         active_LR = steering.active(segment.start, segment.length)
         tokens_K = np.flatnonzero(active_LR.any(axis=1))
         spots = steering.spots(segment, active_LR)
@@ -205,7 +212,8 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
             held = np.ix_(spot.tokens_K, np.flatnonzero(is_past_P), np.flatnonzero(spot.channels_R))
             knobs_TP3R[:, :, 1][held] = 0
     every = tuple(spot for _, _, spots in found for spot in spots)
-    return Frame(routes, slot_PT, knobs_TP3R, budget_T, tuple(steered for _, steered, _ in found), every)
+    acted = tuple(steered for _, steered, _ in found)
+    return Frame(routes, slot_PT, knobs_TP3R, budget_T, acted, every, frozenset.intersection(*blanks))
 
 
 def admitted(steered: Steered, spots: Sequence[Spot], measured: Sequence[np.ndarray]) -> Steered:
@@ -223,7 +231,13 @@ def admitted(steered: Steered, spots: Sequence[Spot], measured: Sequence[np.ndar
     return Steered(steered.request_id, steered.tokens_K[kept], active_KR[kept])
 
 
-def launch_order(route: Route) -> tuple[str, int, bool, str, int]:
-    """At one write site the law that reads that very site goes first, so that it reads what the model made; then by
-    read site. Laws of one route read one x, and other routes read elsewhere: the order decides nothing else."""
-    return (route.write.tap, route.write.layer, route.read != route.write, route.read.tap, route.read.layer)
+STAGES: Mapping[Form, int] = {"mask": 0, "turn": 1, "law": 2, "sparse": 3}
+"""The order of the forms at one site: see `steering.edit`."""
+
+
+def launch_order(route: Route) -> tuple[str, int, int, bool, str, int]:
+    """At one write site the forms follow `STAGES`. Of laws the one that reads that very site goes first, so that it
+    reads what the model and the edits made; then by read site. Laws of one route read one x, and other routes read
+    elsewhere: the order decides nothing else."""
+    read = route.read
+    return (route.write.tap, route.write.layer, STAGES[route.form], read != route.write, read.tap, read.layer)

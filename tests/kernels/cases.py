@@ -38,11 +38,13 @@ def batch(
     dtype: torch.dtype = torch.float32,
     slots: str = "mixed",
     bounds: bool = True,
+    knees: bool = False,
     seed: int = 0,
 ) -> Batch:
     """A random batch; every row stride is larger than the row, and knobs are views of (T, routes, R) tensors.
 
-    slots: "mixed" (0 among them) · "all" · "one". bounds: limits, caps and budgets, some of them finite.
+    slots: "mixed" (0 among them) · "all" · "one". bounds: limits, caps and budgets, some of them finite. knees: some
+    channels have a knee, some a setpoint in ‖x‖; without, `feedback_` takes its shorter way.
     """
     E, S = E or D, 6
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,6 +68,8 @@ def batch(
         "all": torch.randint(1, S, (T,), generator=generator),
         "one": torch.full((T,), 3),
     }[slots].int()
+    drawn = torch.rand(3, S, R, generator=generator, dtype=wide)
+    has_knee = knees & (drawn[0] < 0.5)
     gain_SRE = normal(S, R, E) / E**0.5
     gain_SRE[0] = 0
     strength_TR = normal(T, R)
@@ -78,6 +82,9 @@ def batch(
         "gain_SRE": gain_SRE,
         "norm_SR": gain_SRE.norm(dim=-1),
         "limit_SR": some(S, R, scale=4.0),
+        "knee_SR": (drawn[1] - 0.5).where(has_knee, -INF),
+        "floor_SR": (drawn[1] - 1.0).where(has_knee, -INF),
+        "relative_SR": (knees & (drawn[2] < 0.5)).to(wide),
         "setpoint_TR": knob(3 * normal(T, R)),
         "strength_TR": knob(strength_TR),
         "cap_TR": knob(some(T, R, scale=0.5)),
@@ -125,12 +132,15 @@ def oracle(args: Batch) -> Batch:
         u, hit, acts = torch.zeros_like(out["y_TE"][t]), False, False
         for j in range(args["norm_SR"].shape[1]):
             z = (args["probe_SRD"][slot, j].double() @ x).item()
+            if z <= args["knee_SR"][slot, j]:
+                z = args["floor_SR"][slot, j].item()
             out["measured_TR"][t, j] = z
             a, limit = args["strength_TR"][t, j].item(), args["limit_SR"][slot, j].item()
             if a == 0:
                 continue
             acts = True
-            error = args["setpoint_TR"][t, j].item() - z
+            aim = args["setpoint_TR"][t, j].item() * (size if args["relative_SR"][slot, j] else 1.0)
+            error = aim - z
             spend = a * min(max(error, -limit), limit)
             hit |= abs(error) > limit
             g = args["gain_SRE"][slot, j].double()
@@ -156,7 +166,9 @@ def assert_agrees(args: Batch, got: Batch, rounding: float, unit: float) -> None
     slot = args["slot_T"].long()
     x_T = args["x_TD"].double().norm(dim=-1)
     z_TR = x_T[:, None] * args["probe_SRD"].double().norm(dim=-1)[slot]
-    u_T = (args["strength_TR"].abs() * (args["setpoint_TR"].abs() + z_TR) * args["norm_SR"][slot]).double().sum(1)
+    aim_TR = args["setpoint_TR"].abs() * x_T[:, None].where(args["relative_SR"][slot] != 0, 1.0)
+    floor_TR = args["floor_SR"][slot].abs().nan_to_num(posinf=0.0)
+    u_T = (args["strength_TR"].abs() * (aim_TR + z_TR + floor_TR) * args["norm_SR"][slot]).double().sum(1)
     error = {name: (got[name].double() - want[name].double()).abs() for name in MUTATED}
     assert (error["measured_TR"] <= unit * z_TR).all()
     assert (error["effort_T"] <= unit * (1 + u_T / x_T)).all()

@@ -35,7 +35,7 @@ def run(args: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_equals_the_loop_over_tokens_and_channels(
     T: int, D: int, E: int, R: int, dtype: torch.dtype, slots: str
 ) -> None:
-    args = batch(T, D, R, E=E, dtype=dtype, slots=slots)
+    args = batch(T, D, R, E=E, dtype=dtype, slots=slots, knees=R > 1)
     unit = KERNELS["float64" if dtype == torch.float64 else "float32"]
     assert_agrees(args, run(args), KERNELS["stored"][str(dtype).removeprefix("torch.")], unit)
 
@@ -44,7 +44,7 @@ def test_equals_the_loop_over_tokens_and_channels(
 @pytest.mark.parametrize("D", [8, 17, 192, 768, 4096])
 @pytest.mark.parametrize("R", [1, 3, 8])
 def test_token_alone_equals_token_in_any_batch(D: int, R: int, dtype: torch.dtype) -> None:
-    args = batch(64, D, R, dtype=dtype)
+    args = batch(64, D, R, dtype=dtype, knees=True)
     whole = run(args)
     for size in (1, 2, 5, 16, 33):
         for start in range(0, 64, size * (1 + D // 64)):
@@ -283,7 +283,8 @@ def test_bank_in_the_dtype_of_y() -> None:
 
 
 def test_agrees_with_the_law_that_steering_compiles() -> None:
-    args = batch(10, 32, 3, dtype=torch.float64, slots="one")
+    args = batch(10, 32, 3, dtype=torch.float64, slots="one", knees=True)
+    args["knee_SR"][3, 0], args["floor_SR"][3, 0], args["relative_SR"][3, 1] = 0.1, -0.2, 1
     args["budget_T"].fill_(INF)
     for name in ("setpoint_TR", "strength_TR", "cap_TR"):
         args[name][:] = args[name][0]
@@ -294,6 +295,9 @@ def test_agrees_with_the_law_that_steering_compiles() -> None:
         args["limit_SR"][3],
         args["strength_TR"][0],
         args["cap_TR"][0],
+        args["knee_SR"][3],
+        args["floor_SR"][3],
+        args["relative_SR"][3],
     )
     torch.testing.assert_close(run(args)["y_TE"], law(args["y_TE"], args["x_TD"]), rtol=1e-12, atol=1e-12)
 
@@ -304,12 +308,53 @@ def test_registration_passes_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.setpoint.feedback_.default, tuple(args.values()))
 
 
+def test_knee_reads_the_features_of_a_sparse_autoencoder() -> None:
+    args = batch(40, 24, 3, dtype=torch.float64, slots="one", bounds=False)
+    bias_R = torch.tensor([0.2, -0.4, 0.0], dtype=torch.float64)
+    theta_R = torch.tensor([0.0, 0.3, 0.5], dtype=torch.float64)  # 0: a ReLU
+    args["floor_SR"][3] = -bias_R
+    args["knee_SR"][3] = theta_R - bias_R
+    before_TR = args["x_TD"] @ args["probe_SRD"][3].mT + bias_R
+    feature_TR = before_TR * (before_TR > theta_R)
+    assert (feature_TR == 0).any(0).all()
+    assert (feature_TR != 0).any(0).all()
+    args["setpoint_TR"] -= bias_R  # in units of the feature
+    got = run(args)
+    torch.testing.assert_close(got["measured_TR"] + bias_R, feature_TR, rtol=0, atol=1e-12)
+    spend_TR = args["strength_TR"] * (args["setpoint_TR"] + bias_R - feature_TR)
+    torch.testing.assert_close(got["y_TE"], args["y_TE"] + spend_TR @ args["gain_SRE"][3], rtol=1e-12, atol=1e-12)
+
+
+def test_knee_hides_no_overflow() -> None:
+    args = batch(3, 24, 1, slots="one", bounds=False)
+    args["knee_SR"][3] = args["floor_SR"][3] = 0.0
+    args["x_TD"][1] = torch.nan
+    got = run(args)
+    assert torch.isnan(got["measured_TR"][:, 0]).tolist() == [False, True, False]
+
+
+def test_relative_setpoint_holds_a_cosine() -> None:
+    args = batch(6, 24, 1, dtype=torch.float64, slots="one", bounds=False)
+    args["x_TD"] = args["y_TE"]
+    args["strength_TR"][:] = 1
+    args["relative_SR"][3] = 1
+    args["setpoint_TR"][:] = 0.3
+    unit = args["probe_SRD"][3] / args["probe_SRD"][3].norm()
+    args["probe_SRD"][3] = args["gain_SRE"][3] = unit
+    size_T = args["y_TE"].norm(dim=-1)
+    y_TE = args["y_TE"].clone()
+    feedback_(*args.values())
+    want = y_TE + (0.3 * size_T[:, None] - y_TE @ unit.mT) * unit
+    torch.testing.assert_close(args["y_TE"], want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
         ("gain_SRE", lambda v: v[..., :-1]),
         ("probe_SRD", lambda v: v[:, :1]),
         ("limit_SR", lambda v: v[:2]),
+        ("knee_SR", lambda v: v[:, :1]),
         ("cap_TR", lambda v: v[:, :1]),
         ("budget_T", lambda v: v[:1]),
         ("x_TD", lambda v: v[:-1]),
@@ -323,7 +368,7 @@ def test_wrong_shape_is_named_and_not_broadcast(name: str, wrong: object) -> Non
 
 
 def test_package_is_not_mistaken_for_another() -> None:
-    assert kernels.__all__ == ["feedback_"]
+    assert kernels.__all__ == ["feedback_", "mask_", "sparse_linear", "sparsify_", "turn_"]
     assert not hasattr(kernels, "__version__")  # transformers looks for it in Hugging Face's package of this name
 
 

@@ -99,7 +99,9 @@ class Spot:
 
 def hooks(program: Program, spot: Spot) -> list[tuple[Site, Hook]]:
     """What to install: a reader at sites that are read from afar, then the writers, a site's own law first."""
-    routes = sorted({route for term in program.terms for route in term.laws}, key=lambda r: r.read != r.write)
+    stages = ("mask", "turn", "law", "sparse")
+    found = {route for term in program.terms for route in term.laws}
+    routes = sorted(found, key=lambda r: (stages.index(r.form), r.read != r.write))
     writers = [(route.write, writer(program, route, spot)) for route in routes]
     gates = [(term.gate.site, asker(term, spot)) for term in program.terms if term.gate]
     return gates + writers + [(site, reader(site, spot)) for site in {r.read for r in routes if r.read != r.write}]
@@ -125,7 +127,7 @@ def reader(site: Site, spot: Spot) -> Callable[[Tensor], None]:
 
 
 def writer(program: Program, route: Route, spot: Spot) -> Callable[[Tensor], Tensor | None]:
-    """Superposition of a route's terms: all of them read the same x."""
+    """Superposition of a route's laws: all of them read the same x. Edits follow each other instead."""
 
     def write(y: Tensor) -> Tensor:
         x = y if route.read == route.write else spot.states[route.read]
@@ -133,6 +135,7 @@ def writer(program: Program, route: Route, spot: Spot) -> Callable[[Tensor], Ten
         for term in program.terms:
             if route in term.laws:
                 chosen = spot.selected(term.scope, y.shape[1]) & spot.admitted(term, route, y.shape[1])
+                x = x if route.form == "law" else out
                 moved = term.laws[route](torch.zeros_like(y[0]), x[0])
                 out[0, chosen] += moved[chosen]
         return out

@@ -9,7 +9,7 @@ import torch
 
 from steering.errors import BankFull
 from steering.program import Program, Term
-from steering.runtime.bank import Bank, Knobs, LawTensors
+from steering.runtime.bank import Bank, Knobs, Tensors
 from steering.types import across, at
 from tests.runtime.naive import across_program, law
 
@@ -21,12 +21,12 @@ def test_a_slot_holds_the_programs_laws_and_row_zero_nothing() -> None:
     slot = bank.acquire(program)
     for route, laws in program.laws.items():
         tensors = bank.routes[route]
-        assert torch.equal(tensors.probe_SRD[slot], laws.probe)
-        assert torch.equal(tensors.gain_SRE[slot], laws.gain)
-        assert torch.allclose(tensors.norm_SR[slot], laws.gain.norm(dim=-1))
-        assert torch.isinf(tensors.limit_SR).all()
-        assert not tensors.probe_SRD[0].any()
-        assert not tensors.gain_SRE[0].any()
+        assert torch.equal(tensors["probe"][slot], laws.probe)
+        assert torch.equal(tensors["gain"][slot], laws.gain)
+        assert torch.allclose(tensors["norm"][slot], laws.gain.norm(dim=-1))
+        assert torch.isinf(tensors["limit"]).all()
+        assert not tensors["probe"][0].any()
+        assert not tensors["gain"][0].any()
 
 
 def test_a_sweep_over_knobs_shares_one_slot() -> None:
@@ -45,18 +45,18 @@ def test_a_sweep_over_knobs_shares_one_slot() -> None:
 def test_a_program_that_does_not_fit_in_memory_leaves_the_bank_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, held = Bank(4, CPU), across_program(1)
     bank.acquire(held)
-    before = {route: laws.probe_SRD.clone() for route, laws in bank.routes.items()}
+    before = {route: laws["probe"].clone() for route, laws in bank.routes.items()}
     wide = Program((*across_program(2).terms, *across_program(3).terms))
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(LawTensors, "zeros", full)
+        patch.setattr(Tensors, "holding", full)
         with pytest.raises(torch.OutOfMemoryError):
             bank.acquire(wide)
     assert (bank.rank, len(bank)) == (1, 1)
-    assert all(torch.equal(bank.routes[route].probe_SRD, probe) for route, probe in before.items())
+    assert all(torch.equal(bank.routes[route]["probe"], probe) for route, probe in before.items())
     assert bank.acquire(wide) == 2
 
 
@@ -96,8 +96,8 @@ def test_an_evicted_program_leaves_no_trace() -> None:
     keep.release(old)
     slot = keep.acquire(new)
     assert at("mlp_out", 0) not in keep.routes
-    assert not keep.routes[across(1)].probe_SRD[slot].any()
-    assert not keep.routes[across(1)].norm_SR[slot].any()
+    assert not keep.routes[across(1)]["probe"][slot].any()
+    assert not keep.routes[across(1)]["norm"][slot].any()
 
 
 def test_a_wider_program_widens_the_bank_and_keeps_the_rest() -> None:
@@ -107,9 +107,9 @@ def test_a_wider_program_widens_the_bank_and_keeps_the_rest() -> None:
     assert bank.rank == 4
     for route, laws in narrow.laws.items():
         tensors = bank.routes[route]
-        assert tensors.probe_SRD.shape[1] == 4
-        assert torch.equal(tensors.probe_SRD[slot, :1], laws.probe)
-        assert not tensors.gain_SRE[slot, 1:].any()
+        assert tensors["probe"].shape[1] == 4
+        assert torch.equal(tensors["probe"][slot, :1], laws.probe)
+        assert not tensors["gain"][slot, 1:].any()
 
 
 def test_knobs_are_the_programs_numbers() -> None:

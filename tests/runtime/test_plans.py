@@ -50,7 +50,7 @@ def edit() -> ReftPlan:
 class Bench:
     """The tiny model with a plan of every kind, and a concept for conditions."""
 
-    depth, width = LLAMA.depth, LLAMA.width
+    depth, width, caution = LLAMA.depth, LLAMA.width, LLAMA.caution
 
     def __init__(self) -> None:
         shift = fit_eigenshift(TEXTS, "tone", POSITIVE, NEGATIVE, EigenshiftSettings(components=5, skip=2))

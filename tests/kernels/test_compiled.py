@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles to machine code for a GPU, on a machine that has none.
+
+Triton brings NVIDIA's assembler with it. What the interpreter cannot see is found here: types carried through loops and
+branches, and what the language does not have.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECK = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import _edits, _launch, _sparse_linear
+
+INTEGERS = {"slot_t", "channel", "count", "saturated", "index", "found"}
+ROWS = {"y", "x", "weight"}
+
+
+def compiled(kernel, dtype, **constants):
+    kinds = {
+        name: "constexpr" if name in constants
+        else "*i32" if name in INTEGERS
+        else "i32" if name in ("D", "E")
+        else "i64" if "_" in name
+        else f"*{dtype}" if name in ROWS
+        else "*fp32"
+        for name in kernel.arg_names
+    }
+    target = GPUTarget("cuda", 90, 32)  # H100, H200
+    assert len(triton.compile(ASTSource(kernel, kinds, constants), target=target).asm["cubin"]) > 1000
+
+
+compiled(_launch._feedback_kernel, "bf16", R=2, UNROLL=2, BLOCK_D=256, BLOCK_E=256, FLOOR=1e-38)
+for kernel in (_edits._mask_kernel, _edits._turn_kernel):
+    compiled(kernel, "bf16", M=2, E=192, BLOCK_E=256)
+for rest in (0, 3):
+    compiled(_edits._sparsify_kernel, "bf16", M=2, E=192, BLOCK_E=256, K=rest)
+compiled(_sparse_linear._list_kernel, "bf16", D=2304, BLOCK=1024)
+for bias in (True, False):
+    compiled(_sparse_linear._columns_kernel, "bf16", HAS_BIAS=bias, BLOCK_N=64, BLOCK_E=32)
+"""
+
+
+def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK],
+        cwd=Path(__file__).parents[2],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
