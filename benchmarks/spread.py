@@ -23,6 +23,7 @@ from steering.demo import MODEL
 from steering.demo.contrast import prompts
 from steering.demo.ready import SETTINGS, ready
 from steering.evaluation.conditions import Condition
+from steering.plant.massive import Caution
 from steering.plant.plant import Plant
 from steering.runtime import Engine, EngineSettings, Request, Sampling
 
@@ -36,6 +37,7 @@ class Bench:
 
     depth: int
     width: int
+    caution: Caution
     only: Concept
 
     def concept(self, name: str) -> Concept:
@@ -46,7 +48,7 @@ class Bench:
 def spread(plant: Plant, engine: Engine, concept: Concept, method: str, n: int) -> tuple[float, float]:
     """Standard deviation and mean of v·x in the concept's units, over tokens, averaged over layers."""
     program = Condition(concept.name, method, LAMBDA if method != "none" else 0.0).program(
-        Bench(plant.depth, plant.width, concept)
+        Bench(plant.depth, plant.width, plant.caution, concept)
     )
     chats = prompts(concept.name, "neutral", "test", n)
     requests = [

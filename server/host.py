@@ -118,6 +118,7 @@ class Host:
     def load(cls, settings: ServerSettings) -> Host:
         """Load the model, start its engine and run one token through it. Raises SteeringError."""
         plant = load_plant(settings.model, settings.device, settings.dtype)
+        _ = plant.massive  # looked for now: no request waits for it
         name = settings.served_model_name or served_name(settings.model)
         sizes = EngineSettings(
             max_batch=settings.max_batch, max_len=settings.max_model_len, queue_limit=settings.queue_limit
@@ -140,7 +141,8 @@ class Host:
     @cached_property
     def shelf(self) -> Shelf:
         """The concepts of this model."""
-        return Shelf(self.store, model=self.plant.fingerprint, depth=self.plant.depth, width=self.plant.width)
+        plant = self.plant
+        return Shelf(self.store, model=plant.fingerprint, depth=plant.depth, width=plant.width, caution=plant.caution)
 
     def describe(self, name: str) -> dict[str, Any]:
         """One artifact, verified, without its numbers. Raises ArtifactNotFound, also for an impossible name, and

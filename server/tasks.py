@@ -15,8 +15,8 @@ from steering.artifact import checked_name
 from steering.demo.contrast import prompts as held_out
 from steering.demo.judges import JUDGES, Judge
 from steering.evaluation import Sweep, run_sweep
-from steering.fit import Example, checked_class, encode_class, warning
-from steering.fit.plans import PlanSettings, fit_plan, plan_warning, settings_of
+from steering.fit import Example, warning
+from steering.fit.plans import checked_rows, fit_plan, plan_warning, settings_of
 
 SWEEP_PROMPTS = 32
 """Held-out prompts of a sweep that names none."""
@@ -25,34 +25,28 @@ SWEEP_PROMPTS = 32
 def fit_task(body: FitRequest, host: Host) -> Task:
     """The fit of one concept or plan. Raises SteeringError that names the field or the row."""
     host.store.require_own(checked_name(body.name))
-    settings = _settings(body, host.plant.depth)
-    reading = settings if isinstance(settings, FitSettings) else settings.reading()
-    classes = {"positive": [plain(row) for row in body.positive], "negative": [plain(row) for row in body.negative]}
-    for side, rows in classes.items():
-        encode_class(host.plant, side, checked_class(side, rows), reading)
+    settings = _settings(body, host)
+    given = [plain(row) for row in body.positive], [plain(row) for row in body.negative]
+    classes = checked_rows(host.plant, body.kind, settings, *given)
     return Task("fit", body.name, partial(_fit, host, body.name, classes, settings), writes=body.name)
 
 
-def _settings(body: FitRequest, depth: int) -> FitSettings | PlanSettings:
-    """The settings of a fit for a model of `depth` blocks. Raises SteeringError that names `method.…`."""
+def _settings(body: FitRequest, host: Host) -> Any:
+    """The settings of a fit for the served model. Raises SteeringError that names `method.…`."""
     given: dict[str, Any] = body.method.model_dump(exclude_none=True)
     if body.kind == "concept":
         given.pop("direction", None)
-    if "gains" in given:
-        given["gains"] = (given["gains"],) if isinstance(given["gains"], str) else tuple(given["gains"])
-    if "layers" in given:
-        given["layers"] = tuple(given["layers"])
+    if isinstance(given.get("gains"), str):
+        given["gains"] = (given["gains"],)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
-        return settings_of(body.kind, given, depth)
+        return settings_of(body.kind, given, host.plant)
     except SteeringError as error:
         raise error.at("method") from error
 
 
-def _fit(
-    host: Host, name: str, classes: dict[str, list[Example]], settings: FitSettings | PlanSettings, job: Job
-) -> Done:
+def _fit(host: Host, name: str, examples: tuple[list[Example], list[Example]], settings: Any, job: Job) -> Done:
     """Fit and save. Nothing is written before the fit is complete."""
-    examples = classes["positive"], classes["negative"]
     with own_stream(host.plant.device):
         pace = _pace(host, job)
         if isinstance(settings, FitSettings):

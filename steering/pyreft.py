@@ -112,7 +112,7 @@ def _layer(file: Path, depth: int) -> int:
 
 def _tensors(file: Path, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """R (r, D), W (r, D), b (r,) of one file, float32. Raises ArtifactCorrupt, SpecError for another width."""
-    found = _read(file)
+    found = read_tensors(file)
     source = "learned_source." if "learned_source.weight" in found else ""
     try:
         W_RD, b_R = found.pop(f"{source}weight"), found.pop(f"{source}bias")
@@ -124,15 +124,15 @@ def _tensors(file: Path, width: int) -> tuple[Tensor, Tensor, Tensor]:
         else:
             R_RD = found.pop("rotate_layer" if "rotate_layer" in found else "rotate_layer.weight").mT
     except (KeyError, RuntimeError) as error:
-        raise _unusable(file, "it has not the tensors of an intervention") from error
+        raise unusable(file, "it has not the tensors of an intervention") from error
     if found:
-        raise _unusable(file, f"it has a tensor that no intervention has, {min(found)[:64]!r}")
+        raise unusable(file, f"it has a tensor that no intervention has, {min(found)[:64]!r}")
     if W_RD.ndim != 2 or R_RD.shape != W_RD.shape or b_R.shape != W_RD.shape[:1]:
-        raise _unusable(file, "its shapes disagree")
+        raise unusable(file, "its shapes disagree")
     if W_RD.shape[1] != width:
         raise SpecError("folder", expected=f"tensors of width {width}, the model's", got=W_RD.shape[1])
     if not all(bool(t.isfinite().all()) for t in (R_RD, W_RD, b_R)):
-        raise _unusable(file, "it holds NaN or Inf")
+        raise unusable(file, "it holds NaN or Inf")
     return R_RD.contiguous(), W_RD.contiguous(), b_R.contiguous()
 
 
@@ -150,18 +150,19 @@ def _orthogonal(original_DR: Tensor, base_DD: Tensor | None) -> Tensor:
     return made
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file in float32. Raises ArtifactCorrupt."""
     try:
         with file.open("rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
         if file.stat().st_size > MAX_BYTES or header > MAX_HEADER:
-            raise _unusable(file, "it is too large")
+            raise unusable(file, "it is too large")
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unusable(file, "it is no safetensors file") from error
+        raise unusable(file, "it is no safetensors file") from error
 
 
-def _unusable(file: Path, why: str) -> ArtifactCorrupt:
+def unusable(file: Path, why: str) -> ArtifactCorrupt:
+    """The error of a file that cannot be taken."""
     return ArtifactCorrupt(f"File {file.name[:80]!r} cannot be used: {why}.", param="folder")

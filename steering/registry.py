@@ -13,13 +13,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from steering.concept import Concept
 from steering.condition import When
 from steering.plan import Plan
+from steering.plant.massive import Caution
 from steering.program import Term
 
 P = TypeVar("P", bound=Plan)
 
 
 class Bench(Protocol):
-    """What a method may ask while it compiles: the model's dimensions, its concepts and its plans."""
+    """What a method may ask while it compiles: the model's dimensions and perils, its concepts and its plans."""
 
     @property
     def depth(self) -> int:
@@ -28,6 +29,10 @@ class Bench(Protocol):
     @property
     def width(self) -> int:
         """D."""
+
+    @property
+    def caution(self) -> Caution:
+        """What every write into the residual stream leaves alone."""
 
     def concept(self, name: str) -> Concept:
         """A concept of this model. Raises SpecError for an unknown one, StaleFingerprint for another model's."""
@@ -47,6 +52,10 @@ class Intervention(Protocol):
     @property
     def when(self) -> When | None:
         """The condition under which it acts, None for always."""
+
+    @property
+    def spare_massive(self) -> bool:
+        """Whether it leaves massive activations alone."""
 
     def compile(self, bench: Bench) -> Term:
         """The term of a program. Raises SpecError, ControlError or ArtifactError."""

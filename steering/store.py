@@ -10,6 +10,7 @@ from steering.artifact import SUFFIX, Artifact, checked_name, read_header, sweep
 from steering.concept import KIND, Concept
 from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint, echo
 from steering.plan import PLANS, Plan
+from steering.plant.massive import Caution
 
 P = TypeVar("P", bound=Plan)
 
@@ -124,11 +125,12 @@ def held_in(found: Artifact) -> Concept | Plan:
 class Shelf:
     """The concepts and plans of one model, loaded once: the `Bench` that methods compile against."""
 
-    def __init__(self, store: Store, *, model: str, depth: int, width: int) -> None:
+    def __init__(self, store: Store, *, model: str, depth: int, width: int, caution: Caution | None = None) -> None:
         self.store = store
         self.model = model
         self.depth = depth
         self.width = width
+        self.caution = caution or Caution()
         self._loaded: dict[str, tuple[tuple[int, ...], Concept]] = {}
         self._plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
 

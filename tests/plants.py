@@ -156,3 +156,28 @@ def prompts(n: int = 5, *, longest: int = 14, vocab: int = VOCAB, seed: int = 1)
     generator = torch.Generator().manual_seed(seed)
     lengths = [longest, *(int(torch.randint(2, longest, (1,), generator=generator)) for _ in range(n - 1))]
     return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+SINK = 17
+"""The massive coordinate of `with_sink`."""
+
+
+def with_sink(model: PreTrainedModel, size: float = 3000.0) -> PreTrainedModel:
+    """A tiny Llama whose first block writes a massive activation at token 1, which every text begins with.
+
+    Coordinate 5 marks this token and nothing else writes it; one neuron of the first MLP answers to it alone.
+    """
+    embed, blocks = model.model.embed_tokens.weight, model.model.layers
+    first = blocks[0]
+    with torch.no_grad():
+        embed[:, 5] = 0.0
+        embed[1] = 0.0
+        embed[1, 5] = 1.0
+        for block in blocks:
+            block.self_attn.o_proj.weight[[5, SINK]] = 0.0
+            block.mlp.down_proj.weight[[5, SINK]] = 0.0
+        for name, gate in (("gate_proj", 10.0), ("up_proj", 1.0)):
+            getattr(first.mlp, name).weight[0] = 0.0
+            getattr(first.mlp, name).weight[0, 5] = gate
+        first.mlp.down_proj.weight[SINK, 0] = size
+    return model

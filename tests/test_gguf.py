@@ -18,6 +18,7 @@ from steering.control import Weights, scalar_gains
 from steering.errors import ArtifactCorrupt, SpecError, StaleFingerprint
 from steering.gguf import Target, exported, hint_of, imported, is_gguf, read_vectors, vectors_of
 from steering.methods import Add, Lqr, compile_program
+from steering.plant.massive import Caution
 from steering.types import across
 from tests.toy import MODEL, toy
 
@@ -54,7 +55,7 @@ def reread(content: bytes, folder: Path) -> gguf.GGUFReader:
 
 
 class Bench:
-    depth, width = DEPTH, WIDTH
+    depth, width, caution = DEPTH, WIDTH, Caution()
 
     def __init__(self, concept: Concept) -> None:
         self._concept = concept

@@ -48,6 +48,8 @@ KERNELS: dict[str, Any] = {
     "stored_interpreted": {"float32": 6e-8, "bfloat16": 2**-7, "float16": 2**-10},
     # a bound on effort, relative: the rounding of one float32 norm, product and quotient
     "bound": 2e-6,
+    # an angle from a polynomial in float32, of up to π: two units in its last place
+    "angle": 5e-7,
 }
 
 CORE: dict[str, Any] = {
@@ -83,4 +85,13 @@ DEMO: dict[str, Any] = {
 RUNTIME: dict[str, Any] = {
     # float32 log-probabilities through 3 layers, packed and batched against one at a time; logits of size 1 to 5
     "logprob": 1e-4,
+}
+
+FIT: dict[str, Any] = {
+    # perplexity ratios are rounded to four places; float32 losses of 5 nats differ by 1e-5 between batch shapes
+    "perplexity_ratio": 2e-4,
+    # a bisected increase of 0.05 in perplexity: it ends within 2 % of it
+    "perplexity_met": 1.1e-3,
+    # the same where one coordinate of a site of 32 is a step of it
+    "perplexity_step": 3e-2,
 }

@@ -17,6 +17,7 @@ from steering.control import Weights, regulate
 from steering.errors import SpecError
 from steering.law import Law
 from steering.plan import Plan
+from steering.plant.massive import Caution
 from steering.types import Route, Site
 from tests.control.cases import directions, jacobians
 
@@ -34,6 +35,7 @@ class Toy:
     """Gains of the controlled layers, formed explicitly; zero elsewhere."""
     tone: Concept
     plans: Mapping[str, Plan] = field(default_factory=dict)
+    caution: Caution = field(default_factory=Caution)
 
     @property
     def depth(self) -> int:
@@ -95,6 +97,6 @@ def run(A_LDD: Tensor, laws: Mapping[Route, Law], x_TD: Tensor) -> tuple[list[Te
         x_TD = x_TD @ A_DD.mT
         for route, law in laws.items():
             if route.write == Site("resid_post", layer):
-                x_TD = law(x_TD, inputs[route.read.layer])
+                x_TD = law(x_TD, x_TD if route.read == route.write else inputs[route.read.layer])
         outputs.append(x_TD)
     return inputs, outputs

@@ -76,7 +76,8 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A safetensors file of Setpoint, a GGUF control vector, or a folder of pyreft's, as safetensors."
+            help="A safetensors file of Setpoint, a GGUF control vector, a folder of pyreft's or a LoRA of PEFT's, as "
+            "safetensors, or the folder of a sparse autoencoder, of SAELens or Gemma Scope."
         ),
     ],
     name: Annotated[
@@ -91,16 +92,33 @@ def import_(
             show_default="not known",
         ),
     ] = "",
+    site: Annotated[
+        str,
+        typer.Option(
+            envvar="SETPOINT_SITE",
+            help="Of an autoencoder: what it reads, as resid_post.20.",
+            show_default="as its folder says",
+        ),
+    ] = "",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SETPOINT_TEXTS",
+            help="Of an autoencoder: texts, one a line or JSONL, on which its largest activations are measured.",
+        ),
+    ] = None,
     model: Model = None,
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a file and put it into the store. A control vector becomes a concept of `--model`, a pyreft folder a plan
-    of it."""
+    """Verify a file and put it into the store. A control vector becomes a concept of `--model`; the folder of a pyreft
+    edit, of a LoRA adapter or of a sparse autoencoder becomes a plan of it."""
     quietly(model)
     from server.host import describe
     from steering import SpecError
     from steering.gguf import imported, is_gguf, read_vectors
+    from steering.peft import is_adapter
+    from steering.sae_import import is_autoencoder
 
     if not file.is_file() and not file.is_dir():
         raise SpecError("file", expected="a file or folder that exists", got=str(file))
@@ -108,7 +126,12 @@ def import_(
     if file.is_dir():
         own = name or _name_of(file.resolve().name)
         opened.require_own(own)
-        found = _edit(file, own, positions, model)
+        if is_adapter(file):
+            found = _adapter(file, own, model)
+        elif is_autoencoder(file):
+            found = _autoencoder(file, own, site, texts, model)
+        else:
+            found = _edit(file, own, positions, model)
     elif is_gguf(file):
         vectors = read_vectors(file)
         own = name or _name_of(file.stem)
@@ -207,6 +230,26 @@ def _edit(folder: Path, name: str, positions: str, model: str | None) -> Artifac
 
     parse_positions(positions)  # before a model is loaded
     return import_reft(folder, name, load_plant(model, "cpu"), positions=positions).artifact()
+
+
+def _adapter(folder: Path, name: str, model: str | None) -> Artifact:
+    """The plan of a LoRA's folder. Raises SpecError, ArtifactCorrupt."""
+    from server.host import load_plant
+    from steering.peft import import_adapter
+
+    return import_adapter(folder, name, load_plant(model, "cpu")).artifact()
+
+
+def _autoencoder(folder: Path, name: str, site: str, texts: Path | None, model: str | None) -> Artifact:
+    """The plan of an autoencoder's folder. Raises SpecError, ArtifactCorrupt."""
+    from server.host import load_plant
+    from steering import read_examples
+    from steering.sae_import import import_sae, parse_site
+
+    if site:
+        parse_site(site)  # before a model is loaded
+    rows = None if texts is None else read_examples(texts)
+    return import_sae(folder, name, load_plant(model, "cpu"), site=site, texts=rows).artifact()
 
 
 def _ours(file: Path) -> Artifact:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +14,13 @@ from server.cli.common import AsJson, StoreFolder, cleanly, print_json, print_ta
 
 @cleanly
 def evaluate(
+    suite: Annotated[
+        Literal["concepts", "methods"],
+        typer.Option(
+            envvar="SETPOINT_SUITE",
+            help="concepts: strengths chosen on one split, reported on another; methods: every method and its control.",
+        ),
+    ] = "concepts",
     concept: Annotated[
         list[str] | None,
         typer.Option(
@@ -24,7 +33,7 @@ def evaluate(
     ] = None,
     test_prompts: Annotated[int, typer.Option(envvar="SETPOINT_TEST_PROMPTS", help="Held-out prompts.")] = 64,
     tune_prompts: Annotated[
-        int, typer.Option(envvar="SETPOINT_TUNE_PROMPTS", help="Prompts to choose strengths on.")
+        int, typer.Option(envvar="SETPOINT_TUNE_PROMPTS", help="Prompts to choose strengths on, for concepts.")
     ] = 32,
     seeds: Annotated[int, typer.Option(envvar="SETPOINT_SEEDS", help="Answers a prompt.")] = 3,
     max_tokens: Annotated[int, typer.Option(envvar="SETPOINT_MAX_TOKENS", help="Longest answer in tokens.")] = 64,
@@ -32,7 +41,7 @@ def evaluate(
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure effect, perplexity, effort and tracking of every method on the embedded model."""
+    """Measure what every method does to the embedded model, at what price."""
     quietly()
     from rich.console import Console
     from rich.progress import Progress
@@ -40,32 +49,51 @@ def evaluate(
     from server.host import Host
     from server.settings import ServerSettings
     from steering import __version__
-    from steering.evaluation import HEADER, Suite, rows, run_suite, write
+    from steering.evaluation import (
+        COLUMNS,
+        HEADER,
+        Catalogue,
+        Suite,
+        rows,
+        run_catalogue,
+        run_suite,
+        table,
+        write,
+        write_catalogue,
+    )
 
     chosen: dict[str, Any] = {"methods": ("none", *(m for m in method if m != "none"))} if method else {}
-    suite = Suite(
-        concepts=tuple(concept or ("positive", "polite")),
-        tune_prompts=tune_prompts,
-        test_prompts=test_prompts,
-        seeds=tuple(range(seeds)),
-        max_tokens=max_tokens,
-        **chosen,
-    )
+    asked: Suite | Catalogue
+    header: Sequence[str]
+    if suite == "methods":
+        asked = Catalogue(methods=tuple(method or ()), n_prompts=test_prompts, max_tokens=max_tokens)
+    else:
+        asked = Suite(
+            concepts=tuple(concept or ("positive", "polite")),
+            tune_prompts=tune_prompts,
+            test_prompts=test_prompts,
+            seeds=tuple(range(seeds)),
+            max_tokens=max_tokens,
+            **chosen,
+        )
     host = Host.load(ServerSettings(store=store))
+    about = {"version": __version__, "model": host.plant.fingerprint}
     try:
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("eval", total=1.0)
-            cells = run_suite(
-                host.plant,
-                host.shelf,
-                host.engine,
-                suite,
-                lambda stage, done: bar.update(task, description=stage, completed=done),
-            )
+
+            def report(stage: str, done: float) -> None:
+                bar.update(task, description=stage, completed=done)
+
+            if isinstance(asked, Catalogue):
+                found = run_catalogue(host.plant, host.shelf, host.engine, asked, report)
+                paths, header, lines = write_catalogue(out, found, about | asdict(asked)), COLUMNS, table(found)
+            else:
+                cells = run_suite(host.plant, host.shelf, host.engine, asked, report)
+                paths, header, lines = write(out, cells, about), HEADER, rows(cells)
     finally:
         host.engine.stop()
-    paths = write(out, cells, {"version": __version__, "model": host.plant.fingerprint})
     if as_json:
         print_json({"files": [str(path) for path in paths]})
         return
-    print_table(HEADER, rows(cells), title=", ".join(str(path) for path in paths))
+    print_table(header, lines, title=", ".join(str(path) for path in paths))

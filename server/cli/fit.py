@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,16 +27,18 @@ from server.cli.common import (
 def fit(
     name: Annotated[str, typer.Argument(help="Name of the concept or plan.", show_default=False)],
     positive: Annotated[
-        Path, typer.Option(envvar="SETPOINT_POSITIVE", help="Examples: one a line, or JSONL with `text` or `messages`.")
-    ],
-    negative: Annotated[Path, typer.Option(envvar="SETPOINT_NEGATIVE", help="Examples of the opposite.")],
+        Path | None,
+        typer.Option(
+            envvar="SETPOINT_POSITIVE",
+            help="Examples, or a plan's calibration texts: one a line, or JSONL with `text` or `messages`.",
+        ),
+    ] = None,
+    negative: Annotated[Path | None, typer.Option(envvar="SETPOINT_NEGATIVE", help="Examples of the opposite.")] = None,
     model: Model = None,
     store: StoreFolder = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kind: Annotated[
-        str, typer.Option(envvar="SETPOINT_KIND", help="concept, or a plan: eigenshift or subspace.")
-    ] = "concept",
+    kind: Annotated[str, typer.Option(envvar="SETPOINT_KIND", help="concept, or the kind of a plan.")] = "concept",
     gains: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,26 +62,23 @@ def fit(
             envvar="SETPOINT_LAYERS", help="Controlled layers, as 3-7 or 3,4,5.", show_default="all but the first"
         ),
     ] = None,
-    selection: Annotated[
-        str | None,
+    setting: Annotated[
+        list[str] | None,
         typer.Option(
-            envvar="SETPOINT_SELECTION",
-            help="eigenshift: signed, separation or energy.",
-            show_default="separation",
+            "--set",
+            envvar="SETPOINT_SET",
+            help="A setting of the plan as name=value, its value in JSON or plain text. May be repeated.",
+            show_default="the kind's own",
         ),
-    ] = None,
-    components: Annotated[
-        int | None,
-        typer.Option(envvar="SETPOINT_COMPONENTS", help="eigenshift: how many are chosen.", show_default="32"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a concept, or a plan, from positive and negative examples and put it into the store."""
+    """Fit a concept, or a plan, and put it into the store."""
     quietly(model)
     from server.host import load_plant, open_store
     from steering import Artifact, fit_concept, read_examples
     from steering.fit import FitSettings, warning
-    from steering.fit.plans import fit_plan, plan_warning, settings_of
+    from steering.fit.plans import checked_rows, fit_plan, plan_warning, settings_of
 
     target = open_store(store_folder(store))
     target.require_own(name)
@@ -90,28 +90,29 @@ def fit(
         "jacobian_prompts": jacobian_prompts,
         "positions": positions,
         "layers": _layers(layers),
-        "selection": selection,
-        "components": components,
     }
     default = FitSettings()
     # What is left at its default is not asked for: a plan has no gains and no prices.
-    settings = settings_of(kind, {n: v for n, v in asked.items() if v not in (None, getattr(default, n, None))})
-    examples = read_examples(positive), read_examples(negative)
+    given = {n: v for n, v in asked.items() if v not in (None, getattr(default, n, None))} | _settings(setting or [])
+    settings = settings_of(kind, given)
+    examples = [[] if file is None else read_examples(file) for file in (positive, negative)]
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading the model", total=1.0)
         plant = load_plant(model, device, dtype)
+        settings_of(kind, given, plant)
+        checked = checked_rows(plant, kind, settings, *examples)
 
         def report(stage: str, done: float) -> None:
             bar.update(task, description=stage, completed=done)
 
         made: Artifact
         if isinstance(settings, FitSettings):
-            made = fit_concept(plant, name, *examples, settings, report).artifact()
+            made = fit_concept(plant, name, *checked, settings, report).artifact()
         else:
-            made = fit_plan(plant, name, *examples, settings, report).artifact()
+            made = fit_plan(plant, name, *checked, settings, report).artifact()
     path = target.save(made)
     quality = dict(made.body["quality"])
     doubt = warning(quality) if kind == "concept" else plan_warning(quality)
@@ -129,6 +130,31 @@ def fit(
         )
         return
     print_table(("field", "value"), [(key, str(value)) for key, value in quality.items()], title=f"{name} → {path}")
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """`name=value` pairs. A value that is no JSON is a text; a list becomes a tuple. Raises SpecError."""
+    from pydantic import ValidationError
+
+    from server.schema.jobs import FitMethod
+    from steering import SpecError
+
+    found: dict[str, Any] = {}
+    for pair in given:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise SpecError("set", expected="name=value", got=pair)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        found[name] = value
+    try:
+        checked = FitMethod.model_validate(found).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(str(first["loc"][0]), expected=first["msg"], got=found.get(str(first["loc"][0]))) from error
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in checked.items()}
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

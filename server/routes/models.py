@@ -62,6 +62,7 @@ def _tokens(host: Host, body: TokenizeRequest) -> list[int]:
 
 
 def _model(host: Host, preset: str | None = None) -> Json:
+    massive = host.plant.massive
     return {
         "id": host.model_id if preset is None else f"{host.model_id}:{preset}",
         "object": "model",
@@ -71,4 +72,10 @@ def _model(host: Host, preset: str | None = None) -> Json:
         "parent": None if preset is None else host.model_id,
         "max_model_len": host.context,
         "fingerprint": host.plant.fingerprint,
+        # What no intervention touches unless it asks to: see `steering.plant.massive`.
+        "massive": {
+            "dims": sorted({dim for dims in massive.dims for dim in dims}),
+            "position_0": massive.first,
+            "tokens": list(massive.tokens),
+        },
     }

@@ -5,14 +5,17 @@ Types only: names, rows and doses are checked in `server.tasks`, before the job 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, create_model
 
 from server.schema.openai import Messages
 from steering import Scope
 from steering.fit import MAX_EXAMPLES, PositionRule
-from steering.plan import Selection
+from steering.fit.plans import FITS
 from steering.types import Gains
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -59,7 +62,7 @@ def plain(row: Any) -> str | list[dict[str, Any]]:
     return row if isinstance(row, str) else [dict(message.plain()) for message in row]
 
 
-class FitMethod(BaseModel):
+class ConceptMethod(BaseModel):
     """How a concept or a plan is fitted. What is absent or null takes the library's default; a field that the kind does
     not have is refused."""
 
@@ -80,20 +83,31 @@ class FitMethod(BaseModel):
     """Tokens that are averaged: of a chat the `answer`, its `late` half, or its `last` token; `all` of a text."""
     skip: int | None = None
     """Leading tokens of a text that `all` leaves out."""
-    layers: Annotated[list[int], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
-    """Controlled blocks, consecutive, or those that a `subspace` plan is made for; null means all but block 0."""
-    selection: Selection | None = None
-    """`eigenshift`: components chosen by `signed` shift, `separation`, |shift| over deviation, or `energy`."""
-    components: int | None = None
-    """`eigenshift`: how many are chosen."""
-    seed: int | None = None
-    """`eigenshift`: of the random components that the report compares with."""
-    leading: int | None = None
-    """`subspace`: most leading components that are stored."""
-    trailing: int | None = None
-    """`subspace`: most trailing components that are stored, which is what `keep` can take away."""
-    quantile: float | None = None
-    """`subspace`: spikes that score above this quantile are flagged for `filter`."""
+    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    """Controlled blocks, consecutive; or those that a plan is made for."""
+
+
+def _plan_fields() -> dict[str, Any]:
+    """The settings of every kind of plan, as optional fields that say whose they are."""
+    types: dict[str, list[Any]] = {}
+    texts: dict[str, list[str]] = {}
+    for kind, fitter in FITS.items():
+        known = TypeAdapter(fitter.settings).json_schema()["properties"]
+        hints = get_type_hints(fitter.settings)
+        for setting in fields(fitter.settings):
+            if setting.name in ConceptMethod.model_fields:
+                continue
+            types.setdefault(setting.name, []).append(hints[setting.name])
+            texts.setdefault(setting.name, []).append(f"`{kind}`: {known[setting.name].get('description', '')}".strip())
+    return {
+        name: (reduce(or_, dict.fromkeys(types[name])) | None, Field(None, description="\n".join(texts[name])))
+        for name in types
+    }
+
+
+FitMethod: Any = create_model("FitMethod", __base__=ConceptMethod, **_plan_fields())
+FitMethod.__doc__ = ConceptMethod.__doc__
+FitKind: Any = Literal[tuple(["concept", *FITS])]
 
 
 class FitRequest(BaseModel):
@@ -103,14 +117,14 @@ class FitRequest(BaseModel):
 
     name: str
     """What the artifact is to be called."""
-    kind: Literal["concept", "eigenshift", "subspace"] = "concept"
+    kind: FitKind = "concept"
     """What is made: a concept, or a plan of this kind."""
     model: str | None = None
     """The served model's id; absent means that one."""
-    positive: Annotated[list[Row], Field(max_length=MAX_EXAMPLES, fail_fast=True)]
-    """Examples of the concept."""
-    negative: Annotated[list[Row], Field(max_length=MAX_EXAMPLES, fail_fast=True)]
-    """Examples of its absence, or of its opposite."""
+    positive: Annotated[list[Row], Field(max_length=MAX_EXAMPLES, fail_fast=True)] = []
+    """Examples of the concept; for a kind that needs one set, its calibration texts."""
+    negative: Annotated[list[Row], Field(max_length=MAX_EXAMPLES, fail_fast=True)] = []
+    """Examples of its absence, or of its opposite; none for a kind that needs one set, or none."""
     method: FitMethod = FitMethod()
 
 

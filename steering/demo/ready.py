@@ -1,4 +1,4 @@
-"""Fit the ready concepts that ship with the embedded model.
+"""Fit the ready concepts that ship with the embedded model, and make its ready plans (`steering.demo.plans`).
 
     python -m steering.demo.ready [--only NAME …] [--examples 150]
 
@@ -75,18 +75,25 @@ def _clarity(name: str, row: Example) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit and write the concepts named on the command line, all by default."""
-    parser = argparse.ArgumentParser(prog="python -m steering.demo.ready", description="Fit the ready concepts.")
-    parser.add_argument("--only", nargs="*", default=list(CONCEPT_NAMES), choices=CONCEPT_NAMES, metavar="NAME")
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="examples of each class")
+    """Fit and write the concepts and plans named on the command line, all by default."""
+    from steering.demo.plans import READY_PLANS
+
+    names = (*CONCEPT_NAMES, *READY_PLANS)
+    parser = argparse.ArgumentParser(prog="python -m steering.demo.ready", description="Make the ready artifacts.")
+    parser.add_argument("--only", nargs="*", default=list(names), choices=names, metavar="NAME")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="examples of each class of a concept")
     parser.add_argument("--out", type=Path, default=CONCEPTS)
     options = parser.parse_args(arguments)
     plant = Plant.load(MODEL, dtype="float32")
     for name in options.only:
-        concept = ready(plant, name, options.examples)
-        path = concept.artifact().save(options.out)
-        auroc = concept.quality["auroc"]
-        print(f"{name}: AUROC {auroc[1]:.2f} … {auroc[-1]:.2f}, {path.stat().st_size} bytes", flush=True)
+        if name in READY_PLANS:
+            plan = READY_PLANS[name](plant, name)
+            path, told = plan.artifact().save(options.out), f"plan of kind {plan.kind}"
+        else:
+            concept = ready(plant, name, options.examples)
+            path, auroc = concept.artifact().save(options.out), concept.quality["auroc"]
+            told = f"AUROC {auroc[1]:.2f} … {auroc[-1]:.2f}"
+        print(f"{name}: {told}, {path.stat().st_size} bytes", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from steering.evaluation.report import HEADER, markdown, rows, write
+from steering.evaluation.catalogue import COLUMNS, Catalogue, run_catalogue, table
+from steering.evaluation.report import HEADER, markdown, rows, write, write_catalogue
 from steering.evaluation.suite import Cell, Suite, run_suite
 from steering.evaluation.sweep import Sweep, run_sweep
 
-__all__ = ["HEADER", "Cell", "Suite", "Sweep", "markdown", "rows", "run_suite", "run_sweep", "write"]
+__all__ = [
+    "COLUMNS",
+    "HEADER",
+    "Catalogue",
+    "Cell",
+    "Suite",
+    "Sweep",
+    "markdown",
+    "rows",
+    "run_catalogue",
+    "run_suite",
+    "run_sweep",
+    "table",
+    "write",
+    "write_catalogue",
+]

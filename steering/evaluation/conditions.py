@@ -9,6 +9,7 @@ from steering.concept import Concept
 from steering.errors import SpecError
 from steering.methods import Ablate, Add, Clamp, Lqr, Pid
 from steering.methods.base import gauges, meter
+from steering.methods.guards import guarded
 from steering.program import Program, Scope, Term
 from steering.registry import Bench, Intervention
 from steering.types import Gains, across
@@ -68,7 +69,7 @@ class Condition:
         intervention = self.intervention()
         if intervention is None:
             return Program((meters(bench.concept(self.concept), self.scope),))
-        return Program((intervention.compile(bench),))
+        return Program((guarded(intervention.compile(bench), bench),))
 
 
 def meters(concept: Concept, scope: Scope = Scope()) -> Term:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steering.errors import SpecError
+from steering.evaluation.catalogue import COLUMNS, Row, table
 from steering.evaluation.suite import Cell, as_json
 
 HEADER = (
@@ -45,10 +46,9 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(cells: Sequence[Cell]) -> str:
-    """The table in Markdown."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(cells))]) + "\n"
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in (header, ["---"] * len(header), *lines))
 
 
 def write(folder: Path, cells: Sequence[Cell], about: Mapping[str, Any]) -> list[Path]:
@@ -63,12 +63,24 @@ def write(folder: Path, cells: Sequence[Cell], about: Mapping[str, Any]) -> list
     data.write_text(
         json.dumps({"about": dict(about), "cells": as_json(cells)}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    table.write_text(markdown(cells), encoding="utf-8")
+    table.write_text(markdown(HEADER, rows(cells)), encoding="utf-8")
     try:
         picture = plot(folder / "eval.png", cells)
     except ImportError:
         return [data, table]
     return [data, table, picture]
+
+
+def write_catalogue(folder: Path, found: Sequence[Row], about: Mapping[str, Any]) -> list[Path]:
+    """Write `methods.json` and `methods.md`; returns their paths. Raises SpecError when there is no row to report."""
+    if not found:
+        raise SpecError("rows", expected="at least one row of results", got=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "methods.json", folder / "methods.md"
+    body = {"about": dict(about), "rows": as_json(found)}
+    data.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    page.write_text(markdown(COLUMNS, table(found)), encoding="utf-8")
+    return [data, page]
 
 
 def plot(path: Path, cells: Sequence[Cell]) -> Path:

@@ -214,8 +214,8 @@ def _tracking(results: Sequence[Finished]) -> tuple[float, float, float]:
     return float(np.mean(means)), float(np.mean(spreads)), float(np.mean(efforts))
 
 
-def as_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Cells as JSON data: no NaN (null), four significant digits."""
+def as_json(cells: Sequence[Any]) -> list[dict[str, Any]]:
+    """Dataclasses of figures as JSON data: no NaN (null), four significant digits."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, float):

@@ -27,6 +27,7 @@ from steering.errors import QueueFull, SpecError, SteeringError
 from steering.evaluation.conditions import meters
 from steering.evaluation.metrics import perplexity, wilson
 from steering.fit import Example
+from steering.methods.guards import guarded
 from steering.plant.plant import Plant
 from steering.program import Program, Scope
 from steering.registry import REGISTRY, Bench, Intervention
@@ -79,7 +80,8 @@ class Sweep:
         for index, dose in enumerate(self.grid):
             try:
                 given = {"concept": self.concept, "apply": self.apply, swept: dose}
-                program = Program((cast(Intervention, REGISTRY[self.type](**given)).compile(bench),))
+                term = cast(Intervention, REGISTRY[self.type](**given)).compile(bench)
+                program = Program((guarded(term, bench),))
             except SteeringError as error:
                 error.param = {"concept": "concept", "name": "concept"}.get(error.param or "", f"grid[{index}]")
                 raise

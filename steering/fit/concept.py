@@ -115,6 +115,9 @@ def fit_concept(
         side: _states(plant, rows, part_of(progress, f"states ({side})", start, start + 0.3), pause)
         for (side, rows), start in zip(encoded.items(), (0.0, 0.3), strict=True)
     }
+    if plant.layout.norm == "layer":
+        # LayerNorm takes the mean over coordinates from whatever it reads, so no direction may have one.
+        states = {side: x_NLD - x_NLD.mean(-1, keepdim=True) for side, x_NLD in states.items()}
     held = {side: held_out(len(x)) for side, x in states.items()}
     direction, magnitude, origin = difference_of_means(
         states["positive"][~held["positive"]], states["negative"][~held["negative"]]

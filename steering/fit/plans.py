@@ -1,45 +1,114 @@
-"""The kinds of plan that are fitted from positive and negative examples, for the server and the command line alike."""
+"""The kinds of plan that can be fitted, for the server and the command line alike. A new one is one entry."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from steering.errors import SpecError
-from steering.fit.concept import FitSettings, Progress
+from steering.fit.act_add import ActAddSettings, fit_act_add
+from steering.fit.channels import ChannelsSettings, fit_channels
+from steering.fit.concept import FitSettings, Progress, encode_class
 from steering.fit.eigenshift import EigenshiftSettings, fit_eigenshift
-from steering.fit.examples import Example
+from steering.fit.examples import Example, checked_class
+from steering.fit.heads import HeadsSettings, fit_heads
+from steering.fit.interaction import InteractionSettings, fit_interaction
+from steering.fit.language import LanguageSettings, fit_language
+from steering.fit.layers import LayersSettings, fit_layers
+from steering.fit.neurons import NeuronsSettings, fit_neurons
 from steering.fit.quality import USABLE_AUROC
+from steering.fit.sae import SaeSettings, fit_sae
+from steering.fit.sparsity import SparsitySettings, fit_sparsity
 from steering.fit.subspace import SubspaceSettings, fit_subspace
+from steering.fit.transport import TransportSettings, fit_transport
 from steering.plan import Plan
 from steering.plant.capture import Pause
 from steering.plant.plant import Plant
 
-PlanSettings = EigenshiftSettings | SubspaceSettings
-PLAN_SETTINGS: Mapping[str, type[PlanSettings]] = {"eigenshift": EigenshiftSettings, "subspace": SubspaceSettings}
-"""Kind → how it is fitted."""
+Fit = Callable[
+    [Plant, str, Sequence[Example], Sequence[Example], Any, Progress | None, Pause | None],
+    Plan,
+]
+"""plant, name, positive, negative, settings, progress, pause → plan."""
 
 
-def settings_of(kind: str, given: Mapping[str, Any], depth: int | None = None) -> FitSettings | PlanSettings:
+@dataclass(frozen=True)
+class Fitter:
+    """How one kind of plan is made.
+
+    settings: a frozen dataclass whose construction checks every field but those that depend on the model; those its
+    method `for_model(plant)` checks, where it has one. least: the fewest rows of the positive and the negative class;
+    0 for a class that must not be given. A kind with one class takes its calibration texts as the positive one.
+    """
+
+    settings: type[Any]
+    fit: Fit
+    least: tuple[int, int] = (2, 2)
+
+    def __post_init__(self) -> None:
+        # As `steering.registry.register` does: pydantic reads the docstrings under the fields where HTTP meets them.
+        self.settings.__pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
+
+
+FITS: Mapping[str, Fitter] = {
+    "eigenshift": Fitter(EigenshiftSettings, fit_eigenshift),
+    "subspace": Fitter(SubspaceSettings, fit_subspace),
+    "neurons": Fitter(NeuronsSettings, fit_neurons),
+    "heads": Fitter(HeadsSettings, fit_heads),
+    "act_add": Fitter(ActAddSettings, fit_act_add, least=(1, 1)),
+    "sae": Fitter(SaeSettings, fit_sae),
+    "language": Fitter(LanguageSettings, fit_language),
+    "sparsity": Fitter(SparsitySettings, fit_sparsity, (2, 0)),
+    "layers": Fitter(LayersSettings, fit_layers, (2, 0)),
+    "transport": Fitter(TransportSettings, fit_transport),
+    "interaction": Fitter(InteractionSettings, fit_interaction, (2, 0)),
+    "channels": Fitter(ChannelsSettings, fit_channels, (0, 0)),
+}
+"""Kind → how it is made."""
+
+
+def settings_of(kind: str, given: Mapping[str, Any], plant: Plant | None = None) -> Any:
     """The settings of a fit of `kind`, `concept` or a plan's, from those fields that a caller gave.
 
-    With `depth`, the layers are checked against a model of so many blocks. Raises SpecError or ControlError that names
-    the field, also for one that this kind does not have.
+    With `plant`, what depends on the model is checked too. Raises SpecError or ControlError that names the field, also
+    for one that this kind does not have.
     """
-    cls: Any = FitSettings if kind == "concept" else PLAN_SETTINGS.get(kind)
+    cls: Any = FitSettings if kind == "concept" else FITS[kind].settings if kind in FITS else None
     if cls is None:
-        raise SpecError("kind", expected=f"concept, {' or '.join(PLAN_SETTINGS)}", got=kind)
+        raise SpecError("kind", expected=f"concept, {' or '.join(FITS)}", got=kind)
     known = [field.name for field in fields(cls)]
     for name in given:
         if name not in known:
-            raise SpecError(name, expected=f"a setting of kind {kind!r}, which are {', '.join(known)}")
-    settings: FitSettings | PlanSettings = cls(**given)
-    if depth is not None and isinstance(settings, FitSettings):
-        settings.controlled(depth)
-    elif depth is not None and isinstance(settings, SubspaceSettings):
-        settings.chosen(depth)
+            raise SpecError(name, expected=f"a setting of kind {kind!r}, which are {', '.join(known) or 'none'}")
+    settings = cls(**given)
+    if plant is not None:
+        if isinstance(settings, FitSettings):
+            settings.controlled(plant.depth)
+        elif hasattr(settings, "for_model"):
+            settings.for_model(plant)
     return settings
+
+
+def checked_rows(
+    plant: Plant, kind: str, settings: Any, positive: Sequence[Example], negative: Sequence[Example]
+) -> tuple[list[Example], list[Example]]:
+    """The two classes after all that can be wrong with them was looked for. Raises SpecError that names the row."""
+    least = (2, 2) if kind == "concept" else FITS[kind].least
+    reading = settings if isinstance(settings, FitSettings) else None
+    if reading is None:
+        reading = settings.reading() if hasattr(settings, "reading") else FitSettings()
+    found: list[list[Example]] = []
+    for side, rows, fewest in zip(("positive", "negative"), (positive, negative), least, strict=True):
+        if fewest == 0:
+            if rows:
+                raise SpecError(side, expected=f"no examples here for a fit of kind {kind!r}", got=len(rows))
+            found.append([])
+            continue
+        checked = checked_class(side, rows, least=fewest)
+        encode_class(plant, side, checked, reading)
+        found.append(checked)
+    return found[0], found[1]
 
 
 def fit_plan(
@@ -47,20 +116,24 @@ def fit_plan(
     name: str,
     positive: Sequence[Example],
     negative: Sequence[Example],
-    settings: PlanSettings,
+    settings: Any,
     progress: Progress | None = None,
     pause: Pause | None = None,
 ) -> Plan:
-    """Fit the plan whose kind the settings are of. Raises what `fit_eigenshift` and `fit_subspace` raise."""
-    if isinstance(settings, EigenshiftSettings):
-        return fit_eigenshift(plant, name, positive, negative, settings, progress, pause)
-    return fit_subspace(plant, name, positive, negative, settings, progress, pause)
+    """Fit the plan whose kind the settings are of. Raises what the kind's own fit raises."""
+    fitter = next(fitter for fitter in FITS.values() if isinstance(settings, fitter.settings))
+    return fitter.fit(plant, name, positive, negative, settings, progress, pause)
 
 
 def plan_warning(quality: Mapping[str, Any]) -> str | None:
-    """One sentence about the gravest doubt that a plan's figures leave, None where they leave none."""
+    """One sentence about the gravest doubt that a plan's figures leave, None where they leave none.
+
+    A fit that knows its own doubts leaves a sentence under `warning`.
+    """
+    if (own := quality.get("warning")) is not None:
+        return str(own)
     random = quality.get("random")
-    if random is None:
+    if random is None or "separation" not in quality:
         return None
     if quality["auroc"] < USABLE_AUROC:
         return (

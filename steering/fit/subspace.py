@@ -28,10 +28,9 @@ from steering.fit.concept import FitSettings, PositionRule, Progress, encode_cla
 from steering.fit.examples import Example, checked_classes
 from steering.plan import MAX_RANK, SubspacePlan
 from steering.plant.capture import Pause, capture_each
+from steering.plant.massive import are_massive
 from steering.plant.plant import Plant
 from steering.types import Site
-
-MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,10 @@ class SubspaceSettings:
             raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(self.layers))
         return layers
 
+    def for_model(self, plant: Plant) -> None:
+        """Raises SpecError for a block that the model does not have."""
+        self.chosen(plant.depth)
+
     def reading(self) -> FitSettings:
         """The part that says what is read, as a concept's settings hold it."""
         return FitSettings(positions=self.positions, skip=self.skip)
@@ -85,8 +88,7 @@ class Moments:
     def add(self, x_TD: Tensor) -> None:
         """Take in the tokens of one text."""
         x_TD = x_TD.double().cpu()
-        size_TD = x_TD.abs()
-        is_massive_T = (size_TD > max(MASSIVE, MASSIVE_RATIO * float(size_TD.median()))).any(-1)
+        is_massive_T = are_massive(x_TD).any(-1)
         x_TD = x_TD[~is_massive_T]
         self.massive += int(is_massive_T.sum())
         self.count += len(x_TD)

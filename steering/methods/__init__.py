@@ -6,18 +6,53 @@ from collections.abc import Sequence
 
 from steering.errors import SteeringError
 from steering.methods.ablate import Ablate
+from steering.methods.act_add import ActAdd
+from steering.methods.adapter_mix import AdapterMix
 from steering.methods.add import Add
+from steering.methods.angular import Angular
 from steering.methods.base import conditioned
+from steering.methods.channels import Channels
 from steering.methods.clamp import Clamp
 from steering.methods.eigenshift import Eigenshift
+from steering.methods.guards import guarded
+from steering.methods.heads import Heads
+from steering.methods.interaction import Interaction
+from steering.methods.language import Language
+from steering.methods.linear_transport import LinearTransport
 from steering.methods.lqr import Lqr
+from steering.methods.neurons import Neurons
 from steering.methods.pid import Pid
 from steering.methods.reft import Reft
+from steering.methods.sae import Sae
+from steering.methods.skip_layers import SkipLayers
+from steering.methods.sparsity import Sparsity
 from steering.methods.subspace import Subspace
 from steering.program import Guard, Program
 from steering.registry import Bench, Intervention
 
-__all__ = ["Ablate", "Add", "Clamp", "Eigenshift", "Lqr", "Pid", "Reft", "Subspace", "compile_program"]
+__all__ = [
+    "Ablate",
+    "ActAdd",
+    "AdapterMix",
+    "Add",
+    "Angular",
+    "Channels",
+    "Clamp",
+    "Eigenshift",
+    "Heads",
+    "Interaction",
+    "Language",
+    "LinearTransport",
+    "Lqr",
+    "Neurons",
+    "Pid",
+    "Reft",
+    "Sae",
+    "SkipLayers",
+    "Sparsity",
+    "Subspace",
+    "compile_program",
+]
 
 
 def compile_program(
@@ -32,7 +67,8 @@ def compile_program(
     for index, intervention in enumerate(interventions):
         path = paths[index] if paths else f"interventions[{index}]"
         try:
-            terms.append(intervention.compile(bench))
+            term = intervention.compile(bench)
+            terms.append(guarded(term, bench, spare_massive=intervention.spare_massive))
             path += ".when"
             if intervention.when is not None:
                 terms[-1] = conditioned(terms[-1], intervention.when, bench)

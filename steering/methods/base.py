@@ -12,6 +12,7 @@ from torch import Tensor
 from steering.concept import Concept
 from steering.condition import Gate, When
 from steering.control import setpoints
+from steering.edit import Acting
 from steering.errors import SpecError
 from steering.law import Law
 from steering.program import Scope, Term
@@ -51,6 +52,12 @@ class Applied:
     max_effort: float | None = field(
         default=None, metadata={"description": "Largest ‖u‖/‖x‖ per layer and token; null means no bound."}
     )
+    spare_massive: bool = field(
+        default=True,
+        metadata={
+            "description": "Leave the model's massive activations alone: their coordinates, and position 0 in `all`."
+        },
+    )
 
     def __post_init__(self) -> None:
         checked_number("strength", self.strength)
@@ -82,7 +89,7 @@ class MaybeConcept(Applied):
         self,
         type_: str,
         concept: Concept,
-        laws: Mapping[Route, Law],
+        laws: Mapping[Route, Acting],
         layers: tuple[int, ...],
         *,
         target: float | None = None,
@@ -92,7 +99,7 @@ class MaybeConcept(Applied):
 
         Raises SpecError when no law has a gain, for the request would then be served unsteered.
         """
-        if not any(law.gain.any() for law in laws.values()):
+        if all(law.is_idle for law in laws.values()):
             raise SpecError(
                 "layers", expected=f"layers where {type_} on concept {self.concept!r} has an effect", got=list(layers)
             )

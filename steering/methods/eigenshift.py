@@ -24,7 +24,7 @@ import torch
 from steering.errors import SpecError
 from steering.law import Law
 from steering.methods.base import LARGEST, checked_number
-from steering.methods.low_rank import PlanIntervention
+from steering.methods.planned import PlanIntervention
 from steering.plan import EigenshiftPlan
 from steering.program import Term
 from steering.registry import Bench, register

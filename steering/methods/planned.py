@@ -1,4 +1,4 @@
-"""What the methods on plans share: the plan's name, and laws of several channels under one bound."""
+"""What the methods on plans share: the plan's name, its layers, and laws of several channels under one bound."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from steering.edit import Acting
 from steering.errors import SpecError
 from steering.law import Law
 from steering.methods.base import Applied, checked_layers
 from steering.program import Scope, Term, Window
-from steering.types import Route
+from steering.types import Reported, Route
 
 _END = 2**31
 """Beyond every prompt."""
@@ -45,11 +46,25 @@ class PlanIntervention(Applied):
         cap = self.cap / (math.sqrt(rank) if orthonormal else rank)
         return Law.of(probe_RD, setpoint_R, gain_RE, strength=self.strength * share, cap=cap)
 
-    def planned_term(self, type_: str, laws: Mapping[Route, Law], scope: Scope | None = None) -> Term:
-        """The compiled term. Raises SpecError when nothing would happen: the request would be served unsteered."""
-        if not any(law.gain.any() for law in laws.values()):
+    def planned_term(
+        self,
+        type_: str,
+        laws: Mapping[Route, Acting],
+        scope: Scope | None = None,
+        *,
+        units: Reported = "centred",
+        target: float | None = None,
+        gauges: Mapping[Route, tuple[float, float]] | None = None,
+        scopes: tuple[Scope, ...] = (),
+    ) -> Term:
+        """The compiled term. Raises SpecError when nothing would happen: the request would be served unsteered.
+
+        units, target, gauges, scopes: as of `Term`.
+        """
+        if all(law.is_idle for law in laws.values()):
             raise SpecError("plan", expected=f"a plan on which {type_} has an effect", got=self.plan)
-        return Term(self.plan, type_, laws, self.apply if scope is None else scope)
+        where = self.apply if scope is None else scope
+        return Term(self.plan, type_, laws, where, units, target, gauges or {}, scopes=scopes)
 
 
 def without_first(scope: Scope) -> Scope:

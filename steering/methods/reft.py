@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from steering.errors import SpecError
-from steering.methods.low_rank import PlanIntervention
+from steering.methods.planned import PlanIntervention
 from steering.plan import ReftPlan
 from steering.program import Positions, Scope, Term
 from steering.registry import Bench, register

@@ -24,7 +24,7 @@ from typing import Literal
 from torch import Tensor
 
 from steering.errors import SpecError
-from steering.methods.low_rank import PlanIntervention, without_first
+from steering.methods.planned import PlanIntervention, without_first
 from steering.plan import MAX_RANK, SubspacePlan
 from steering.program import Term
 from steering.registry import Bench, register

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from steering.errors import PlantError
 from steering.plant.plant import Plant
@@ -72,9 +73,11 @@ def capture_means(
     batch: int = 16,
     progress: Progress | None = None,
     pause: Pause | None = None,
+    shell: PreTrainedModel | None = None,
 ) -> dict[Site, Tensor]:
     """Per site, a float32 CPU tensor (N, width): the mean over each prompt's selected positions. Keeps no tokens.
 
+    `shell` is the module tree to run, with the taps that it has; they are called before what is captured here.
     Arguments and errors as of `capture`.
     """
     chosen = _select(plant, prompts, positions, skip)
@@ -83,7 +86,7 @@ def capture_means(
     def keep(site: Site, n: int, x_TD: Tensor) -> None:
         means[site][n] = x_TD.float().mean(0)
 
-    _run(plant, prompts, sites, chosen, batch, progress, keep, pause)
+    _run(plant, prompts, sites, chosen, batch, progress, keep, pause, shell)
     return {site: mean_ND.cpu() for site, mean_ND in means.items()}
 
 
@@ -115,9 +118,10 @@ def _run(
     progress: Progress | None,
     keep: Callable[[Site, int, Tensor], None],
     pause: Pause | None = None,
+    shell: PreTrainedModel | None = None,
 ) -> None:
     """Run all prompts; give `keep` (site, prompt, its selected rows (tokens, width)) as soon as they are computed."""
-    shell = plant.shell()
+    runs = plant.shell() if shell is None else shell
     part: list[int] = []
 
     def sort(site: Site) -> Callable[[Tensor], None]:
@@ -129,18 +133,21 @@ def _run(
 
         return hook
 
-    for site in dict.fromkeys(sites):
-        plant.tap(shell, site, sort(site))
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # alike lengths together: little padding
     done = 0
-    while done < len(order):
-        part[:] = _next_batch(prompts, order[done : done + batch])
-        ids_BT, mask_BT = _padded([prompts[n] for n in part], plant.device)
-        with torch.no_grad():
-            shell.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-        done += len(part)
-        if progress is not None:
-            progress(done, len(order))
+    handles = [plant.tap(runs, site, sort(site)) for site in dict.fromkeys(sites)]
+    try:
+        while done < len(order):
+            part[:] = _next_batch(prompts, order[done : done + batch])
+            ids_BT, mask_BT = _padded([prompts[n] for n in part], plant.device)
+            with torch.no_grad():
+                runs.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            done += len(part)
+            if progress is not None:
+                progress(done, len(order))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _next_batch(prompts: Sequence[Sequence[int]], ordered: Sequence[int]) -> list[int]:

@@ -8,12 +8,29 @@ blocks must take the residual stream first and return it alone, as every decoder
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from torch import nn
 
 from steering.errors import PlantError
+
+READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+)
+OUTPUTS: Mapping[str, str] = MappingProxyType(
+    {
+        "q_out": "self_attn.q_proj",
+        "k_out": "self_attn.k_proj",
+        "v_out": "self_attn.v_proj",
+        "gate_out": "mlp.gate_proj",
+        "up_out": "mlp.up_proj",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +47,18 @@ class Layout:
     """The MLP, from a block; it returns a tensor."""
     mlp_act: str | None = "mlp.down_proj"
     """The linear map whose input is the MLP's activation, from a block; None where there is no single one."""
+    attn_act: str = "self_attn.o_proj"
+    """The linear map that mixes the heads, from a block; its input has them side by side."""
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: READERS)
+    """The linear maps that read the input of the attention and of the MLP, from a block."""
+    outputs: Mapping[str, str] = field(default_factory=lambda: OUTPUTS)
+    """Single linear maps by the tap of their output, from a block; empty where the family fuses them."""
+    attn_norm: str | None = "input_layernorm"
+    """The norm before the attention, from a block; None where it reads the residual stream itself."""
+    attn_post: str | None = None
+    """The norm behind the attention's output, from a block; None where the output joins the residual as it is."""
+    norm: Literal["rms", "layer"] = "rms"
+    """What stands before whatever reads the residual stream: RMSNorm, or LayerNorm, which takes the mean away."""
 
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
@@ -38,18 +67,39 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "mistral": Layout(),
         "qwen2": Layout(),
         "qwen3": Layout(),
-        "gemma2": Layout(),
-        "gemma3_text": Layout(),
-        "phi3": Layout(),
-        "olmo2": Layout(),
+        "gemma2": Layout(attn_post="post_attention_layernorm"),
+        "gemma3_text": Layout(attn_post="post_attention_layernorm"),
+        "phi3": Layout(
+            readers=MappingProxyType({"attn_in": ("self_attn.qkv_proj",), "mlp_in": ("mlp.gate_up_proj",)}),
+            outputs=MappingProxyType({}),
+        ),
+        "olmo2": Layout(attn_norm=None, attn_post="post_attention_layernorm"),
         # Each token has the activations of several experts, of changing identity: nothing of a fixed width to tap.
-        "mixtral": Layout(mlp_act=None),
-        "gpt2": Layout(blocks="transformer.h", final="transformer.ln_f", attention="attn", mlp_act="mlp.c_proj"),
+        "mixtral": Layout(
+            mlp_act=None,
+            readers=MappingProxyType({"attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}),
+            outputs=MappingProxyType({name: f"self_attn.{name[0]}_proj" for name in ("q_out", "k_out", "v_out")}),
+        ),
+        "gpt2": Layout(
+            blocks="transformer.h",
+            final="transformer.ln_f",
+            attention="attn",
+            mlp_act="mlp.c_proj",
+            attn_act="attn.c_proj",
+            attn_norm="ln_1",
+            readers=MappingProxyType({"attn_in": ("attn.c_attn",), "mlp_in": ("mlp.c_fc",)}),
+            outputs=MappingProxyType({}),
+            norm="layer",
+        ),
         "gpt_neox": Layout(
             blocks="gpt_neox.layers",
             final="gpt_neox.final_layer_norm",
             attention="attention",
             mlp_act="mlp.dense_4h_to_h",
+            attn_act="attention.dense",
+            readers=MappingProxyType({"attn_in": ("attention.query_key_value",), "mlp_in": ("mlp.dense_h_to_4h",)}),
+            outputs=MappingProxyType({}),
+            norm="layer",
         ),
     }
 )
@@ -71,7 +121,7 @@ def layout_of(model: nn.Module) -> Layout:
     try:
         block = blocks_of(model, layout)[0]
         model.get_submodule(layout.final)
-        for path in (layout.attention, layout.mlp, layout.mlp_act):
+        for path in (layout.attention, layout.attn_act, layout.mlp, layout.mlp_act):
             block.get_submodule(path or "")
     except AttributeError as error:
         raise PlantError(

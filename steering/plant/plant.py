@@ -13,6 +13,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,14 +21,15 @@ from typing import Any, Literal, cast, get_args
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steering.errors import PlantError, echo
 from steering.plant.fingerprint import fingerprint
 from steering.plant.layouts import LAYOUTS, Layout, layout_of
-from steering.plant.taps import TapFn, site_width, tap
+from steering.plant.massive import Caution, Massive, find_massive
+from steering.plant.taps import TapFn, linear_weight, linears_at, site_width, tap
 from steering.types import Site
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -44,6 +46,15 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Query heads, key and value heads, and the width of one. At `attn_act` head h has columns h·width and on."""
+
+    count: int
+    kv_count: int
+    width: int
 
 
 class Plant:
@@ -123,6 +134,16 @@ class Plant:
         """Identity of the checkpoint, `sha256:…`: see `steering.plant.fingerprint`. Independent of dtype and device."""
         return self._fingerprint or fingerprint(self.model)
 
+    @cached_property
+    def massive(self) -> Massive:
+        """The model's massive activations: see `steering.plant.massive`. Costs a forward pass when first asked for."""
+        return find_massive(self)
+
+    @property
+    def caution(self) -> Caution:
+        """What every write into this model's residual stream leaves alone."""
+        return Caution(self.massive.dims, self.massive.first, self.layout.norm == "layer")
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. Raises PlantError if the plant was made without one."""
@@ -145,6 +166,24 @@ class Plant:
     def width_of(self, site: Site) -> int:
         """Width of the tensor at `site`. Raises PlantError if the model has no such site."""
         return site_width(self.model, self.layout, site)
+
+    def linears_at(self, site: Site) -> list[Tensor]:
+        """The weights (E_out, E_in) of the linear maps that read `site`, float32 on the CPU.
+
+        Raises PlantError where none does, or where the model stores them quantised.
+        """
+        weights = [linear_weight(module) for module in linears_at(self.model, self.layout, site)]
+        if any(weight.ndim != 2 or not weight.is_floating_point() for weight in weights):
+            raise PlantError(f"The weights that read {site} are quantised: this needs them as numbers.", param="model")
+        return [weight.detach().float().cpu() for weight in weights]
+
+    @property
+    def heads(self) -> Heads:
+        """How the attention is divided."""
+        config = self.model.config.get_text_config()
+        n = int(config.num_attention_heads)
+        width = self.width_of(Site("attn_act", 0)) // n
+        return Heads(n, int(getattr(config, "num_key_value_heads", None) or n), width)
 
     def shell(self, attn_implementation: str | None = None) -> PreTrainedModel:
         """A second module tree over the same weights: own modules, own configuration, own hooks, no tensor copied.

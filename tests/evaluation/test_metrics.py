@@ -139,7 +139,7 @@ def test_the_table_shows_test_cells_and_marks_the_chosen_strength() -> None:
     assert [row[HEADER.index("strength")] for row in table] == ["1.5*", "2", "–"]
     assert all(len(row) == len(HEADER) for row in table)
     assert rows([replace(CELL, perplexity=math.nan)])[0][HEADER.index("ppl")] == "–"
-    assert len(markdown(cells).splitlines()) == 2 + 3
+    assert len(markdown(HEADER, rows(cells)).splitlines()) == 2 + 3
 
 
 def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     data = json.loads(paths[0].read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert data["about"] == {"model": "m"}
     assert [cell["split"] for cell in data["cells"]] == ["test", "tune"]
-    assert paths[1].read_text(encoding="utf-8") == markdown(cells)
+    assert paths[1].read_text(encoding="utf-8") == markdown(HEADER, rows(cells))
 
 
 def test_no_results_are_no_report(tmp_path: Path) -> None:

@@ -20,18 +20,51 @@ from tests import plans
 from tests.control.cases import directions
 from tests.toy import Toy, run, states, toy
 
-PLANS = {plan.name: plans.stored(plan) for plan in (plans.eigenshift(), plans.subspace(), plans.reft())}
+MADE = (
+    plans.eigenshift(),
+    plans.subspace(),
+    plans.reft(),
+    plans.neurons(),
+    plans.heads(),
+    plans.act_add(),
+    plans.transport(),
+    plans.interaction(),
+    plans.channels(),
+    plans.adapter(),
+    plans.sparsity(),
+    plans.layers(),
+    plans.sae(),
+    plans.language(),
+)
+PLANS = {plan.name: plans.stored(plan) for plan in MADE}
 BENCH = replace(toy().resident(), plans=PLANS)
 REQUIRED: dict[str, Any] = {"concept": "tone", "setpoint": 1.25}
 """Values for the fields without a default."""
-OF_PLAN = {"eigenshift": "toxic", "subspace": "pca", "reft": "edit"}
+OF_PLAN = {
+    "eigenshift": "toxic",
+    "subspace": "pca",
+    "reft": "edit",
+    "neurons": "experts",
+    "heads": "truth",
+    "act_add": "love",
+    "linear_transport": "moved",
+    "interaction": "local",
+    "channels": "talk",
+    "adapter_mix": "lora",
+    "sparsity": "light",
+    "skip_layers": "drops",
+    "sae": "dictionary",
+    "language": "castellano",
+}
 """The plan of each method that acts on one."""
+BESIDE: dict[str, dict[str, Any]] = {"heads": {"mode": "clamp"}, "act_add": {"layer": 2}, "skip_layers": {"attention": 2}}
+"""What else some need."""
 
 
 def minimal(cls: Any) -> dict[str, Any]:
     """The fields that have to be given."""
     needed = {name: value for name, value in REQUIRED.items() if has(cls, name)}
-    return needed | ({"plan": OF_PLAN[cls.type]} if cls.type in OF_PLAN else {})
+    return needed | ({"plan": OF_PLAN[cls.type]} if cls.type in OF_PLAN else {}) | BESIDE.get(cls.type, {})
 
 
 def make(cls: type, **changes: Any) -> Any:
@@ -49,10 +82,36 @@ on_concept = pytest.mark.parametrize(
     "cls", [cls for cls in REGISTRY.values() if cls.type not in OF_PLAN], ids=[n for n in REGISTRY if n not in OF_PLAN]
 )
 on_plan = pytest.mark.parametrize("cls", [REGISTRY[name] for name in OF_PLAN], ids=OF_PLAN)
+CONSTANT = ("skip_layers",)
+"""Methods that act on a whole request or not at all: without a part, a bound, a scope or a condition."""
+in_part = pytest.mark.parametrize(
+    "cls", [cls for cls in REGISTRY.values() if cls.type not in CONSTANT], ids=[n for n in REGISTRY if n not in CONSTANT]
+)
 
 
 def test_the_registered_names() -> None:
-    assert sorted(REGISTRY) == ["ablate", "add", "clamp", "eigenshift", "lqr", "pid", "reft", "subspace"]
+    assert sorted(REGISTRY) == [
+        "ablate",
+        "act_add",
+        "adapter_mix",
+        "add",
+        "angular",
+        "channels",
+        "clamp",
+        "eigenshift",
+        "heads",
+        "interaction",
+        "language",
+        "linear_transport",
+        "lqr",
+        "neurons",
+        "pid",
+        "reft",
+        "sae",
+        "skip_layers",
+        "sparsity",
+        "subspace",
+    ]
     assert all(cls.type == name for name, cls in REGISTRY.items())
 
 
@@ -76,7 +135,7 @@ def test_strength_zero_does_nothing(cls: type) -> None:
     assert all(torch.equal(a, b) for a, b in zip(steered[1], plain[1], strict=True))
 
 
-@every
+@in_part
 def test_strength_is_a_knob(cls: type) -> None:
     weak, strong = (compile_program([make(cls, strength=a)], BENCH) for a in (0.25, 1.0))
     assert weak.shape == strong.shape
@@ -85,6 +144,8 @@ def test_strength_is_a_knob(cls: type) -> None:
 
 @on_concept
 def test_it_reports_at_the_inputs_it_acts_on(cls: type) -> None:
+    if cls.type == "angular":  # type: ignore[attr-defined]
+        return  # an edit reports what it met at its own site, in its own units
     term = make(cls, layers=(1, 3)).compile(BENCH)
     assert {(str(route.read), str(route.write)) for route in term.gauges} == {
         ("resid_pre.1", "resid_post.1"),
@@ -96,7 +157,7 @@ def test_it_reports_at_the_inputs_it_acts_on(cls: type) -> None:
         assert (origin, scale) == (float(BENCH.tone.origin[layer]), float(BENCH.tone.magnitude[layer]))
 
 
-@every
+@in_part
 def test_the_cap_bounds_the_effort_of_a_layer(cls: type) -> None:
     cap = 0.01
     layers = None if cls.type in OF_PLAN else (2,)  # type: ignore[attr-defined]
@@ -104,16 +165,19 @@ def test_the_cap_bounds_the_effort_of_a_layer(cls: type) -> None:
     x = states(5, BENCH.width).float()
     for route, law in term.laws.items():
         y = torch.zeros(5, BENCH.width)
-        assert float(((law(y, x) - y).norm(dim=-1) / x.norm(dim=-1)).max()) <= cap * (1 + 1e-6), route
+        # What an edit adds is the difference of two states: known to their rounding, 6e-8, of which cap is a hundredth.
+        slack = 1e-6 if route.form == "law" else 2e-5
+        assert float(((law(y, x) - y).norm(dim=-1) / x.norm(dim=-1)).max()) <= cap * (1 + slack), route
     free = make(cls, layers=layers).compile(BENCH)
     assert any(float((law(x, x) - x).norm()) > cap * float(x.norm()) for law in free.laws.values())
 
 
-@every
+@in_part
 def test_json_round_trip(cls: type) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(cls)
     scope = Scope(prompt=Positions((0, -2)), generation=Window((1, 4)))
-    layers = None if cls.type == "eigenshift" else (1, 2)  # type: ignore[attr-defined]
+    layers = None if cls.type in ("eigenshift", "act_add") else (1, 2)  # type: ignore[attr-defined]
+    scope = Scope() if cls.type == "act_add" else scope  # type: ignore[attr-defined]
     whole = make(cls, strength=0.5, layers=layers, apply=scope, max_effort=0.25)
     for spec in (make(cls), whole):
         assert adapter.validate_json(adapter.dump_json(spec)) == spec
@@ -169,7 +233,7 @@ def test_a_name_is_registered_once() -> None:
 # Refusals
 
 
-NUMBERS = ("strength", "setpoint", "kp", "ki", "kd", "alpha", "shift")
+NUMBERS = ("strength", "setpoint", "angle", "kp", "ki", "kd", "alpha", "shift", "weights", "scale", "value", "suppress", "sparsity")
 
 
 @every
@@ -278,7 +342,7 @@ def test_impossible_layers_of_a_plan_are_refused_by_name(cls: type, layers: tupl
 
 @on_plan
 def test_a_plan_s_method_may_be_conditioned(cls: type) -> None:
-    for on in ("prompt", "token"):
+    for on in ("prompt", "token") if cls.type not in CONSTANT else ():  # type: ignore[attr-defined]
         when = When(concept="tone", layer=1, above=0.0, on=on)  # type: ignore[arg-type]
         (term,) = compile_program([make(cls, when=when)], BENCH).terms
         assert term.gate is not None

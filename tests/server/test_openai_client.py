@@ -75,7 +75,9 @@ def refusal(call: Any, **fields: Any) -> str | None:
 
 def test_models(api: Any) -> None:
     assert [model.id for model in api.models.list()] == ["tiny"]
-    assert api.models.retrieve("tiny").id == "tiny"
+    found = api.models.retrieve("tiny")
+    assert found.id == "tiny"
+    assert found.massive == {"dims": [], "position_0": False, "tokens": []}
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("gpt-4")
     with pytest.raises(openai.NotFoundError):

@@ -14,12 +14,13 @@ import pytest
 
 from server.settings import ServerSettings
 from steering import Artifact, Plant, Store
-from steering.plan import EigenshiftPlan, ReftPlan, SubspacePlan
+from steering.plan import AdapterPlan, EigenshiftPlan, ReftPlan, SubspacePlan
 from tests.server.conftest import FOREIGN, serving
 from tests.server.test_artifacts import put
 from tests.server.test_cli import NEGATIVE, POSITIVE, refused, run
 from tests.server.test_jobs import over, started
 from tests.server.wire import error
+from tests.test_peft import saved as saved_adapter
 from tests.test_pyreft import saved
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -111,7 +112,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"kind": "neurons"}, "kind"),
+        ({"kind": "nonesuch"}, "kind"),
         ({"kind": "eigenshift", "method": {"q": 1}}, "method.q"),
         ({"kind": "eigenshift", "method": {"direction": "mean_difference"}}, "method.direction"),
         ({"kind": "eigenshift", "method": {"components": 0}}, "method.components"),
@@ -174,14 +175,14 @@ def test_fit_and_import_from_the_command_line(model_folder: Path, tmp_path: Path
     positive.write_text("\n".join(POSITIVE))
     negative.write_text("\n".join(NEGATIVE))
     options = ["--positive", positive, "--negative", negative, "--model", model_folder, "--store", store]
-    fitted = run("fit", "shift", *options, "--kind", "eigenshift", "--components", "3", "--json")
+    fitted = run("fit", "shift", *options, "--kind", "eigenshift", "--set", "components=3", "--json")
     assert fitted.exit_code == 0, fitted.output
     assert "random" in json.loads(fitted.stdout)["quality"]
     assert len(EigenshiftPlan.from_artifact(Store(store).load("shift")).basis) == 3
     assert run("fit", "pca", *options, "--kind", "subspace", "--layers", "1-2").exit_code == 0
     assert SubspacePlan.from_artifact(Store(store).load("pca")).layers == (1, 2)
     refused(run("fit", "x", *options, "--kind", "eigenshift", "--q", "2"), "q: expected a setting of kind 'eigenshift'")
-    refused(run("fit", "x", *options, "--kind", "neurons"), "kind: expected concept, eigenshift or subspace")
+    refused(run("fit", "x", *options, "--kind", "nonesuch"), "kind: expected concept, eigenshift or")
 
     copied = run("artifacts", "import", store / "shift.safetensors", "--name", "again", "--store", store)
     assert copied.exit_code == 0, copied.output
@@ -191,3 +192,13 @@ def test_fit_and_import_from_the_command_line(model_folder: Path, tmp_path: Path
     assert ReftPlan.from_artifact(Store(store).load("my-edit")).first == 2
     refused(run(*edit, "--positions", "all"), "positions: expected positions as pyreft writes them")
     refused(run("artifacts", "import", tmp_path / "absent", "--store", store), "a file or folder that exists")
+
+
+def test_a_lora_is_imported_from_the_command_line(model_folder: Path, plant: Plant, tmp_path: Path) -> None:
+    saved_adapter(tmp_path / "tv", plant)
+    store, options = tmp_path / "store", ["--model", model_folder, "--store", tmp_path / "store"]
+    done = run("artifacts", "import", tmp_path / "tv", "--name", "task", *options)
+    assert done.exit_code == 0, done.output
+    assert AdapterPlan.from_artifact(Store(store).load("task")).layers == (0, 2)
+    saved_adapter(tmp_path / "dora", plant, use_dora=True)
+    refused(run("artifacts", "import", tmp_path / "dora", *options), "use_dora: expected off")
