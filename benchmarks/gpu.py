@@ -1,10 +1,11 @@
-"""Everything that needs a GPU, in one call of under ten minutes: correctness of the compiled kernel, then speed.
+"""Everything that needs a GPU, in one call of under ten minutes: correctness of the compiled kernels, then speed.
 
     python -m benchmarks.gpu [--tokens 64] [--repeats 5]
 
-1. the kernel's tests against its reference, compiled (`tests/kernels/triton_feedback.py`);
-2. the operator against its floor and the dense form (`benchmarks/feedback.py --device cuda`);
-3. a random-weight Llama of 8B shapes in bfloat16: unsteered and steered throughput of the engine at n = 1, 16, 64;
+1. the kernels' tests against their references, compiled (`tests/kernels/triton_*.py`);
+2. the operators against their floors and the dense form (`benchmarks/feedback.py`, `benchmarks/edits.py`);
+3. a random-weight Llama of 8B shapes in bfloat16: steered ÷ unsteered throughput at batch 1, 16 and 64, with up to 256
+   programs;
 4. a fit's products at 8B shapes, dense against matrix-free (`benchmarks/fit.py --device cuda`).
 
 Writes benchmarks/results/*-cuda.json. Without a GPU it says so and exits with 2. No figure of it is in the README yet.
@@ -55,17 +56,21 @@ def main() -> int:
         print("No CUDA device: this benchmark has nothing to measure here.", file=sys.stderr)
         return 2
     for command in (
-        ["-m", "pytest", "-q", "tests/kernels/triton_feedback.py"],
+        ["-m", "pytest", "-q", *(str(path) for path in sorted(ROOT.glob("tests/kernels/triton_*.py")))],
         ["-m", "benchmarks.feedback", "--device", "cuda"],
+        ["-m", "benchmarks.edits", "--device", "cuda"],
         ["-m", "benchmarks.fit", "--device", "cuda"],
     ):
         if status := subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
             return status
     from benchmarks.engine import measure, write
+    from steering.evaluation.speed import Load
     from steering.plant.plant import Plant
 
-    body = measure(Plant(llama_8b()), [1, 16, 64], given.tokens, given.repeats, "random llama of 8B shapes, bfloat16")
-    write(body, "cuda")
+    plant = Plant(llama_8b())
+    for batch, programs in ((1, (1,)), (16, (1, 16)), (64, (1, 64, 256))):
+        load = Load(batch=batch, programs=programs, interventions=(4,), max_tokens=given.tokens, repeats=given.repeats)
+        write(measure(plant, load, "random llama of 8B shapes, bfloat16"), f"cuda-{batch}")
     return 0
 
 

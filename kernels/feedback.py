@@ -172,25 +172,29 @@ def _control(
         values.add_(new) if rows is None else values.index_add_(0, rows, new.to(values.dtype))
 
     programs = set(slots) - {0}
-    if len(programs) == 1:  # as in a prompt: the program's bank row broadcasts, nothing is copied
-        only = programs.pop()
-        probe, gain, norm, limit, knee, floor, relative = (each[only] for each in bank)
-    else:
-        slot = take(slot_T)
-        probe, gain, norm, limit, knee, floor, relative = (each.index_select(0, slot) for each in bank)
+    # One program, as in a prompt: its bank row broadcasts, nothing is copied.
+    slot = programs.pop() if len(programs) == 1 else take(slot_T)
+
+    def own(values: Tensor) -> Tensor:
+        return values[slot] if isinstance(slot, int) else values.index_select(0, slot)
+
+    probe, gain, norm, limit = map(own, bank[:4])
+    knee_SR, floor_SR, relative_SR = bank[4:]
 
     # (1)
     x = take(x_TD).to(torch.float64 if y_TE.dtype == torch.float64 else torch.float32)
     size_T1 = _norm(x).clamp_min_(TINY)
-    z_TR = _bent((x.unsqueeze(1) * probe).sum(-1), knee, floor)
+    z_TR = (x.unsqueeze(1) * probe).sum(-1)
+    if knee_SR.amax().item() > -math.inf:  # of the whole bank: cheaper than the rows of these tokens
+        z_TR = z_TR.where(~(z_TR <= own(knee_SR)), own(floor_SR).to(z_TR.dtype))  # NaN stays
     put(measured_TR, z_TR)
 
     # (2) and (3) with both bounds as one: rounding is monotone, so ±|a|·limit clips a·e where ±limit clips e.
     setpoint_TR, strength_TR = take(setpoint_TR), take(strength_TR)
     avail_T1 = (take(budget_T) - take(spent_T)).clamp_min_(0).unsqueeze_(1)
     bound_TR = take(cap_TR).minimum(avail_T1).mul(size_T1).div_(norm).minimum(strength_TR.abs().mul_(limit))
-    if relative.any():
-        setpoint_TR = torch.where(relative != 0, setpoint_TR * size_T1, setpoint_TR)
+    if relative_SR.any():
+        setpoint_TR = torch.where(own(relative_SR) != 0, setpoint_TR * size_T1, setpoint_TR)
     wanted_TR = (setpoint_TR - z_TR).mul_(strength_TR)
     spend_TR = wanted_TR.clamp(-bound_TR, bound_TR)
     bites_TR = spend_TR != wanted_TR
@@ -222,12 +226,31 @@ def _control(
         put(saturated_T, take(saturated_T) | bites_TR.any(1))
 
 
-def _bent(z_TR: Tensor, knee: Tensor, floor: Tensor) -> Tensor:
-    """z above the knee, floor below it, NaN where z is NaN. knee and floor (R,) or (T, R).
+def plain_feedback_(
+    y_TE: Tensor,
+    x_TD: Tensor,
+    probe_TRD: Tensor,
+    gain_TRE: Tensor,
+    setpoint_TR: Tensor,
+    strength_TR: Tensor,
+    measured_TR: Tensor,
+    effort_T: Tensor,
+) -> None:
+    """What `feedback_` does, bit for bit, where every token has a program and nothing bounds or bends it; on a CPU.
 
-    Costs a look at R numbers a program where no channel has a knee.
+    For tokens that all have an active channel, and channels without limit, cap, budget, knee and relative setpoint: the
+    case of decode steps, in which the bank's rows can be gathered once for many steps. A third of the operations, which
+    is what a small batch costs on a CPU; a GPU runs one kernel in either case. `spent` is not kept, since no budget
+    asks for it. Arguments as of `feedback_`; probe_TRD and gain_TRE are the tokens' own rows of the bank.
     """
-    return z_TR.where(~(z_TR <= knee), floor.to(z_TR.dtype)) if knee.amax() > -math.inf else z_TR
+    x = x_TD.to(torch.float64 if y_TE.dtype == torch.float64 else torch.float32)
+    z_TR = (x.unsqueeze(1) * probe_TRD).sum(-1)
+    size_T1 = _norm(x).clamp_min_(TINY)  # before y is written, which may be x
+    measured_TR.copy_(z_TR)
+    spend_TR = (setpoint_TR - z_TR).mul_(strength_TR)
+    u_TE = (spend_TR.unsqueeze(2) * gain_TRE).sum(1)
+    y_TE += u_TE
+    effort_T += _norm(u_TE).div_(size_T1).squeeze(1)
 
 
 def _norm(rows_TE: Tensor) -> Tensor:

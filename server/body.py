@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from server.schema.errors import INVALID_JSON, ApiError, from_validation
-from server.schema.openai import misplaced_field, unsupported_field
+from server.schema.openai import is_almost_steering, misplaced_field, unsupported_field
 
 Body = TypeVar("Body", bound=BaseModel)
 _SIZES = {"steering": 4096, "targets": 4096, "logit_bias": 4096}
@@ -59,7 +59,7 @@ def parsed(model: type[Body], raw: bytes, *, refuse: bool = False) -> Body:
     """`raw` as `model`. Raises ApiError 400."""
     data = _document(raw)
     if refuse and (name := misplaced_field(data, model)):
-        where = "the body as `steering`" if name.lower().endswith(("steer", "steering")) else "`steering`"
+        where = "the body as `steering`" if is_almost_steering(name.rsplit(".", 1)[-1]) else "`steering`"
         raise ApiError(400, f"{name}: put it into {where}.", param=name, code="misplaced_field")
     if refuse and (name := unsupported_field(data, model)):
         raise ApiError(

@@ -273,6 +273,8 @@ class Jobs:
         """Enter a final state, tell it, and forget the oldest of those that ended."""
         with self._change:
             job.state, job.finished = state, time.time()
+            if state == "cancelled":
+                job.stage = state
             self._ended[state] += 1
             over = [one.id for one in self._jobs.values() if one.is_over]
             for id_ in over[: max(0, len(over) - KEPT)]:

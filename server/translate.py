@@ -228,7 +228,7 @@ def _call(
         room = check_length(host, tokens, where, 1 if limit is None else limit, limit_at)
         tokens_out = limit if limit is not None else room if default is None else min(default, room)
         if steering is not None:
-            steering.check_scopes(len(tokens), max(tokens_out - 1, 0))
+            steering.check_scopes(program, len(tokens), max(tokens_out - 1, 0))
         for choice in range(n):
             told = asked and (choice == 0 or kind != "chatcmpl")  # a chat tells its one prompt once
             sampling = replace(

@@ -89,7 +89,7 @@ class Edit(ABC):
 
     @property
     def is_idle(self) -> bool:
-        """Never: an edit that only measures does not exist."""
+        """Whether it can only measure: a turn or sparsity never."""
         return False
 
     def __call__(self, y_TE: Tensor, x_TD: Tensor) -> Tensor:
@@ -215,6 +215,11 @@ class Mask(Edit):
     def widths(self) -> tuple[int, int]:
         """(E, E)."""
         return self.scale.shape[1], self.scale.shape[1]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it leaves every coordinate as it is."""
+        return bool(((self.scale == 1) & (self.shift == 0)).all())
 
     @property
     def is_blank(self) -> bool:

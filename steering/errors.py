@@ -21,6 +21,9 @@ field, as `steering.interventions[0].setpoint`, and travels to the HTTP error un
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from dataclasses import asdict, is_dataclass
 from typing import ClassVar
 
 _ECHO_LIMIT = 80
@@ -142,6 +145,12 @@ class Diverged(SteeringError):
 
 
 def echo(value: object) -> str:
-    """A caller's value for a message: `repr`, never longer than 80 characters."""
+    """A caller's value for a message, never longer than 80 characters: as JSON has it what is more than a word or a
+    number, for callers write JSON, else its `repr`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {name: field for name, field in asdict(value).items() if field is not None}
     text = repr(value)
+    if isinstance(value, bool | dict | list | tuple):
+        with suppress(TypeError, ValueError, RecursionError):
+            text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _ECHO_LIMIT else text[: _ECHO_LIMIT - 1] + "…"

@@ -8,9 +8,9 @@ saturates the error at ±limit_j and spends a_j of it along the gain g_j. Two bo
 follow: `cap_j` per channel, |a_j e_j|·‖g_j‖ ≤ cap_j ‖x‖, and the request's budget over the layers
 (`steering.program.Guard`).
 
-What is not such a law is an edit (`steering.edit`). What the law covers exactly: addition (c = 0, r = 1, g = the vector), ablation (c = g = v, r = 0), clamp (c = g = v, r = β),
-A-LQR (c = v, r = β, g = K v; arXiv 2604.19018, Sec. 4), the P, I and D terms of S-PID (the I and D terms read earlier
-layers), LEACE, LoReFT and EigenShift at the final norm.
+What is not such a law is an edit (`steering.edit`). What the law covers exactly: addition (c = 0, r = 1, g = the
+vector), ablation (c = g = v, r = 0), clamp (c = g = v, r = β), A-LQR (c = v, r = β, g = K v; arXiv 2604.19018, Sec. 4),
+the P, I and D terms of S-PID (the I and D terms read earlier layers), LEACE, LoReFT and EigenShift at the final norm.
 
 Superposition concatenates channels. It is free of order because all channels read the same x.
 """
@@ -38,8 +38,9 @@ class Law:
     """Saturated output feedback of rank R, float64 or float32, on the CPU until it is made resident.
 
     probe (R, D), setpoint (R,), gain (R, E), and per channel: limit ≥ 0 (+inf: none), strength a, cap ≥ 0 (+inf: none),
-    knee and floor (−inf: none), relative 0 or 1. `Law.of` fills in all but the first three. Raises DimensionMismatch when the shapes disagree or there is no channel,
-    SpecError on NaN, on a probe or gain that is not finite and on a limit or cap below 0.
+    knee and floor (−inf: none), relative 0 or 1. `Law.of` fills in all but the first three. Raises DimensionMismatch
+    when the shapes disagree or there is no channel, SpecError on NaN, on a probe or gain that is not finite and on a
+    limit or cap below 0.
     """
 
     probe: Tensor
@@ -169,6 +170,14 @@ class Law:
     def is_idle(self) -> bool:
         """Whether it can only measure: no channel has a gain."""
         return not bool(self.gain.any())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every channel of some strength is spent, and nothing bounds or bends what it does."""
+        unbounded = bool(torch.isposinf(self.limit).all() and torch.isposinf(self.cap[self.strength != 0]).all())
+        straight = bool(torch.isneginf(self.knee).all() and not self.relative.any())
+        spent_R = self.strength != 0
+        return unbounded and straight and bool(spent_R.any() and self.gain[spent_R].any(dim=-1).all())
 
     def resident(self, rank: int) -> dict[str, Tensor]:
         """What a slot of the bank holds, in float32: shared by all requests that differ in their knobs alone.

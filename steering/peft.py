@@ -36,6 +36,8 @@ from steering.types import Site
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 2**20
 """Longest `adapter_config.json`, in bytes: one of PEFT's has a thousand."""
+MAX_SETTING = 10**6
+"""Beyond any rank and any alpha; JSON has whole numbers that no float holds."""
 READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
         "init_lora_weights")  # fmt: skip
 HARMLESS = (
@@ -188,8 +190,8 @@ def _setting(config: Mapping[str, Any], patterns: str, plain: str, module: str, 
             raise SpecError(patterns, expected="names of modules, or ends of them, as keys", got=key)
         if field == plain and (module == key.removeprefix("^") if key.startswith("^") else _ends_with(module, key)):
             value, field = own, patterns
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise SpecError(field, expected="a finite number > 0", got=value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_SETTING:
+        raise SpecError(field, expected=f"a number > 0, at most {MAX_SETTING}", got=value)
     return value
 
 

@@ -135,7 +135,8 @@ class Term:
     gauges: per route (origin, scale), so that (z − origin)/scale is the measurement z of channel 0 in the caller's
     units; only the routes that report are listed. target: the setpoint in those units, None where the method has none.
     gate: the condition under which the term acts, None for always. scopes: one for each channel where they differ, of
-    laws alone; they then take the place of `scope`.
+    laws alone; they then take the place of `scope`. is_whole: it is done whole or not at all, so that no budget may
+    leave a part of it.
     """
 
     label: str
@@ -147,6 +148,7 @@ class Term:
     gauges: Mapping[Route, tuple[float, float]] = field(default_factory=dict)
     gate: Gate | None = None
     scopes: tuple[Scope, ...] = ()
+    is_whole: bool = False
 
     @property
     def rank(self) -> int:
@@ -256,6 +258,14 @@ class Program:
                 sha.update(f"{name}{tuple(tensor.shape)}".encode())
                 sha.update(tensor.contiguous().numpy().tobytes())
         return f"sha256:{sha.hexdigest()}"
+
+
+def check_whole(terms: Sequence[Term], guard: Guard) -> None:
+    """Raises SpecError where a budget would leave a part of what is done whole or not at all."""
+    for term in terms:
+        if term.is_whole and term.acts and guard.max_effort is not None:
+            expected = f"null beside {term.type}, which is done whole or not at all"
+            raise SpecError("guard.max_effort", expected=expected, got=guard.max_effort)
 
 
 def superpose(parts: Sequence[Mapping[Route, Acting]]) -> dict[Route, Acting]:

@@ -17,6 +17,7 @@ Source: the layout of pyreft's `interventions.py` and of pyvene's `save`, read, 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def parse_positions(text: str) -> tuple[int, int]:
 def _form(folder: Path) -> Form:
     """The form that `config.json` tells. Raises SpecError where it tells none, or several, or one that is no law."""
     try:
+        if (folder / "config.json").stat().st_size > MAX_HEADER:
+            raise ValueError("too long")
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = {str(entry).rstrip("'>").rpartition(".")[2] for entry in config["intervention_types"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -120,7 +123,10 @@ def _tensors(file: Path, width: int) -> tuple[Tensor, Tensor, Tensor]:
             R_RD = found.pop("proj_layer.weight")
         elif f"{ORTHOGONAL}.original" in found:
             base = found.pop(f"{ORTHOGONAL}.0.base", None)
-            R_RD = _orthogonal(found.pop(f"{ORTHOGONAL}.original"), base).mT
+            original = found.pop(f"{ORTHOGONAL}.original")
+            if original.shape != W_RD.mT.shape:  # before a matrix is made of its shape
+                raise unusable(file, "its shapes disagree")
+            R_RD = _orthogonal(original, base).mT
         else:
             R_RD = found.pop("rotate_layer" if "rotate_layer" in found else "rotate_layer.weight").mT
     except (KeyError, RuntimeError) as error:
@@ -157,9 +163,20 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             header = int.from_bytes(raw.read(8), "little")
         if file.stat().st_size > MAX_BYTES or header > MAX_HEADER:
             raise unusable(file, "it is too large")
+        found: dict[str, Tensor] = {}
+        held = 0
         with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                # In float32, which numbers of eight bits grow fourfold to: no artifact may hold more.
+                held += 4 * math.prod(tensors.get_slice(key).get_shape())
+                if held > MAX_BYTES:
+                    raise unusable(file, "it is too large")
+                tensor = tensors.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise unusable(file, f"{key[:64]!r} is not of real numbers")
+                found[key] = tensor.float()
+        return found
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise unusable(file, "it is no safetensors file") from error
 
 

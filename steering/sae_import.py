@@ -10,7 +10,8 @@ are made unit vectors and their length is given to the activations, so that the 
 was loaded with `center_writing_weights`, its residuals have no mean over coordinates; the encoder then gets none
 either, which reads the same from the plain model. Refused by name: other architectures and activations, normalisation
 of each input, and that by a factor which the files do not tell.
-What features do is not in such files: with `texts` their largest activations are measured on the model.
+What features do is not in such files: with `texts` their largest activations are measured on the model, on the first
+texts of 65,536 tokens together.
 Source: the layouts of SAELens's configuration and of Gemma Scope (arXiv:2408.05147), read, not copied.
 Oracle: the encoder and decoder of the file applied as its configuration says.
 """
@@ -20,7 +21,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +49,13 @@ HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_(resid_pre|resid_post)")
 SITE = re.compile(r"(resid_pre|resid_post)\.(\d{1,4})")
 IN_PATH = re.compile(r"layer_(\d{1,4})")
 OTHER_SITE = re.compile(r"gemma-scope\S*-(att|mlp|transcoders)|embedding|transcoder")
+MEASURED = 65_536
+"""Most tokens of texts on which activations are measured: their states are held in memory together."""
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+"""What a damaged archive makes zipfile, zlib and numpy's parser of headers raise."""
 TENSORS = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
 """What every autoencoder has, and its dimensions."""
 
@@ -104,7 +114,7 @@ def _plan(
     known = {what: torch.zeros(1, m) for what in ("peak", "mean", "rate")}
     if texts is not None:
         rows = checked_class("texts", texts, least=1)
-        encoded = encode_class(plant, "texts", rows, FitSettings(skip=1))
+        encoded = _within(encode_class(plant, "texts", rows, FitSettings(skip=1)))
         place = Site(tap, layer)
         states = capture(plant, [ids for ids, _ in encoded], [place], [chosen for _, chosen in encoded])[place]
         x_ND = torch.cat(states)
@@ -145,6 +155,18 @@ def _plan(
     return SaePlan.from_artifact(plan.artifact())
 
 
+def _within(rows: list[tuple[list[int], Sequence[int]]]) -> list[tuple[list[int], Sequence[int]]]:
+    """The first of the encoded texts that together have at most `MEASURED` positions to read, one at least."""
+    total = 0
+    kept: list[tuple[list[int], Sequence[int]]] = []
+    for row in rows:
+        total += len(row[1])
+        if kept and total > MEASURED:
+            break
+        kept.append(row)
+    return kept
+
+
 def _autoencoder(found: Mapping[str, Tensor], settings: Mapping[str, Any], width: int) -> Autoencoder:
     """Equation (1) of the plan from a file's tensors. Raises SpecError for another width or one that is too large."""
     D, m = found["W_enc"].shape
@@ -153,10 +175,10 @@ def _autoencoder(found: Mapping[str, Tensor], settings: Mapping[str, Any], width
     if 8 * m * (D + 4) > MAX_BYTES:
         expected = f"an autoencoder of at most {MAX_BYTES // (8 * (D + 4))} features at width {D}: a gigabyte"
         raise SpecError("folder", expected=expected, got=m)
-    W_mD = found["W_enc"].float().mT.contiguous()
+    W_mD = found["W_enc"].mT.contiguous()
     if settings.get("centred_model"):
         W_mD = W_mD - W_mD.mean(-1, keepdim=True)
-    parts = {name: found[name].float().contiguous() for name in found if name != "W_enc"}
+    parts = {name: found[name].contiguous() for name in found if name != "W_enc"}
     return Autoencoder.of(
         W_mD,
         parts["b_enc"],
@@ -225,9 +247,12 @@ def _safetensors(file: Path, jumps: bool) -> dict[str, Tensor]:
         if file.stat().st_size > 2 * MAX_BYTES or header > MAX_HEADER:
             raise _unusable(file, "it is too large")
         with safe_open(file, framework="pt") as tensors:
-            wanted = [*TENSORS, *(["threshold"] if jumps else [])]
-            found = {key: tensors.get_tensor(key) for key in tensors.keys() if key in wanted}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            wanted = [name for name in (*TENSORS, *(["threshold"] if jumps else [])) if name in tensors.keys()]  # noqa: SIM118
+            # In float32, which numbers of eight bits grow fourfold to.
+            if sum(4 * math.prod(tensors.get_slice(name).get_shape()) for name in wanted) > 2 * MAX_BYTES:
+                raise _unusable(file, "it is too large")
+            found = {name: tensors.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _unusable(file, "it is no safetensors file") from error
     return _checked(file, found, jumps)
 
@@ -238,12 +263,13 @@ def _archive(file: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
-            for name in (*TENSORS, "threshold"):
+            names = (*TENSORS, "threshold")
+            if sum(sizes.get(f"{name}.npy", 0) for name in names) > 2 * MAX_BYTES:  # unpacked: it may be one of zeros
+                raise _unusable(file, "it is too large")
+            for name in names:
                 member = f"{name}.npy"
                 if member not in sizes:
                     continue
-                if sizes[member] > MAX_BYTES:
-                    raise _unusable(file, "it is too large")
                 with archive.open(member) as raw:
                     _check_header(raw, sizes[member])  # type: ignore[arg-type]
                 with archive.open(member) as raw:
@@ -251,7 +277,7 @@ def _archive(file: Path) -> dict[str, Tensor]:
                 if array.dtype.kind != "f":
                     raise _unusable(file, f"its array {name!r} is not of real numbers")
                 found[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise _unusable(file, "it is no archive of arrays") from error
     return _checked(file, found, "threshold" in found)
 
@@ -278,7 +304,10 @@ def _checked(file: Path, found: dict[str, Tensor], jumps: bool) -> dict[str, Ten
     shapes = {"b_enc": (m,), "W_dec": (m, D), "b_dec": (D,), "threshold": (m,)}
     if not m or any(found[name].shape != shape for name, shape in shapes.items() if name in found):
         raise _unusable(file, "its shapes disagree")
-    if not all(tensor.is_floating_point() and bool(tensor.isfinite().all()) for tensor in found.values()):
+    if not all(tensor.is_floating_point() for tensor in found.values()):
+        raise _unusable(file, "it holds what is no finite number")
+    found = {name: tensor.float() for name, tensor in found.items()}  # formats of eight bits have no test of their own
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise _unusable(file, "it holds what is no finite number")
     return found
 

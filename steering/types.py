@@ -23,7 +23,7 @@ TAPS: tuple[Tap, ...] = get_args(Tap)
 Units = Literal["centred", "contrast", "absolute"]
 """How a setpoint λ becomes β_l: `centred` v·μ₋ + λ‖E_l‖ · `contrast` λ‖E_l‖ · `absolute` λ."""
 
-Reported = Units | Literal["fraction", "radians"]
+Reported = Units | Literal["fraction", "degrees"]
 """Units of what a receipt reports: those of a setpoint, the share of a site's coordinates, or an angle."""
 
 Gains = Literal["dense", "matrix_free", "identity"]

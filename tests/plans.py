@@ -309,7 +309,7 @@ def act_add(positions: int = 2) -> ActAddPlan:
 
 
 def sparsity(*, rank: int = 1) -> SparsityPlan:
-    """Blocks 1 and 2, inputs of attention and down: half of the attention's go at 0.5, more of the MLP's at each level."""
+    """Blocks 1 and 2, inputs of attention and down: half of the attention's go at 0.5, more of the MLP's."""
     share = torch.tensor([[0.25, 0.5, 0.75], [0.3, 0.6, 0.9]], dtype=torch.float64).expand(2, 2, 3)
     bases = [
         torch.cat([orthonormal(rank, WIDTH, 100 + 2 * row + site) for site in range(2)], dim=1) for row in range(2)

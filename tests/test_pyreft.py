@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steering.errors import ArtifactCorrupt, SpecError
@@ -188,4 +188,24 @@ def test_another_width_and_unequal_ranks_are_refused(plant: Plant, tmp_path: Pat
     narrow = {"weight": torch.zeros(1, WIDTH), "bias": torch.zeros(1), "rotate_layer": torch.eye(WIDTH)[:, :1].clone()}
     save_file(narrow, tmp_path / f"{key(1)}.safetensors")
     with pytest.raises(SpecError, match=r"one rank for all layers, got \[1, 3\]"):
+        import_reft(tmp_path, "edit", plant)
+
+
+def test_a_parametrisation_s_shape_is_checked_before_a_matrix_is_made_of_it(plant: Plant, tmp_path: Path) -> None:
+    """A file of four megabytes would ask torch for one of four terabytes."""
+    saved(tmp_path, "Direft", (1,))
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = load_file(path)
+    (original,) = (name for name in whole if name.endswith(".original"))
+    for shape in ((10**6,), (2, 3, 4), (WIDTH, RANK + 1)):
+        save_file({**whole, original: torch.zeros(shape)}, path)
+        with pytest.raises(ArtifactCorrupt, match="shapes disagree"):
+            import_reft(tmp_path, "edit", plant)
+
+
+def test_a_configuration_without_end_is_not_read(plant: Plant, tmp_path: Path) -> None:
+    saved(tmp_path, "Loreft")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text() + " " * 2**20)
+    with pytest.raises(SpecError, match="does not tell"):
         import_reft(tmp_path, "edit", plant)

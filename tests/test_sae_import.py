@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,71 @@ def test_archives_that_could_run_code_or_lie_about_their_size_are_refused(plant:
         (folder / ARCHIVE).write_bytes(content)
         with pytest.raises(ArtifactCorrupt):
             import_sae(folder, "d", plant)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': (",
+        "(" * 9000,
+        "-" * 9000 + "1",
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': (0, {10**25})}}",
+    ],
+    ids=["cut", "nested", "deep", "wide"],
+)
+def test_headers_that_no_parser_survives_are_refused(plant: Plant, tmp_path: Path, header: str) -> None:
+    scope(tmp_path / "layer_1")
+    with zipfile.ZipFile(tmp_path / "layer_1" / ARCHIVE, "w") as archive:
+        archive.writestr("W_enc.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(ArtifactCorrupt):
+        import_sae(tmp_path / "layer_1", "d", plant)
+
+
+def test_archives_with_flipped_bytes_are_refused_or_taken(plant: Plant, tmp_path: Path) -> None:
+    """Compressed, as numpy writes them: a damaged stream makes zlib give up in many ways."""
+    folder = tmp_path / "layer_1"
+    folder.mkdir()
+    whole = io.BytesIO()
+    np.savez_compressed(whole, **{name: np.asarray(tensor) for name, tensor in tensors(True).items()})
+    refused = 0
+    for seed in range(120):
+        draw = random.Random(seed)
+        damaged = bytearray(whole.getvalue())
+        for _ in range(draw.randint(1, 20)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (folder / ARCHIVE).write_bytes(bytes(damaged))
+        try:
+            import_sae(folder, "d", plant)
+        except ArtifactCorrupt:
+            refused += 1
+    assert refused > 60
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope(tmp_path / "layer_1")
+    saelens(tmp_path / "sae")
+    size = 4 * 2 * FEATURES * (WIDTH + 1)
+    monkeypatch.setattr("steering.sae_import.MAX_BYTES", size // 2 - 64)
+    for folder in ("layer_1", "sae"):
+        with pytest.raises(ArtifactCorrupt, match="too large"):
+            import_sae(tmp_path / folder, "d", plant)
+
+
+def test_numbers_of_eight_bits_are_read(plant: Plant, tmp_path: Path) -> None:
+    """torch has no isfinite for them."""
+    found = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors(False).items()}
+    saelens(tmp_path / "sae", found)
+    plan = import_sae(tmp_path / "sae", "d", plant)
+    torch.testing.assert_close(plan.encoder_bias[0], found["b_enc"].float() * found["W_dec"].float().norm(dim=-1))
+
+
+def test_texts_are_measured_in_bounded_memory(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saelens(tmp_path / "sae")
+    first = import_sae(tmp_path / "sae", "d", plant, texts=TEXTS[:1])
+    monkeypatch.setattr("steering.sae_import.MEASURED", 8)
+    assert torch.equal(import_sae(tmp_path / "sae", "d", plant, texts=TEXTS).peak, first.peak)
 
 
 def test_a_file_that_is_no_safetensors_is_refused(plant: Plant, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from server.cli import artifacts
+from server.cli.bench import bench
 from server.cli.doctor import doctor
 from server.cli.evaluate import evaluate
 from server.cli.fit import fit
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, generate, fit, doctor, version):
+for command in (serve, generate, fit, bench, doctor, version):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(artifacts.app, name="artifacts")

@@ -6,6 +6,7 @@ Only GGUF needs a model: the one that its vectors are for.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -126,11 +127,15 @@ def import_(
     if file.is_dir():
         own = name or _name_of(file.resolve().name)
         opened.require_own(own)
+        told = {"positions": positions, "site": site, "texts": texts}
         if is_adapter(file):
+            _refuse(told, "a LoRA")
             found = _adapter(file, own, model)
         elif is_autoencoder(file):
+            _refuse({"positions": positions}, "an autoencoder")
             found = _autoencoder(file, own, site, texts, model)
         else:
+            _refuse({"site": site, "texts": texts}, "a pyreft edit")
             found = _edit(file, own, positions, model)
     elif is_gguf(file):
         vectors = read_vectors(file)
@@ -221,6 +226,15 @@ def _target(model: str | None) -> Target:
 def _name_of(text: str) -> str:
     """A name for the store, made of a file's."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")
+
+
+def _refuse(options: Mapping[str, object], what: str) -> None:
+    """Raises SpecError for an option that was given though it says nothing of such a folder."""
+    from steering import SpecError
+
+    for name, value in options.items():
+        if value:
+            raise SpecError(name, expected=f"nothing: {what} has no {name}", got=str(value))
 
 
 def _edit(folder: Path, name: str, positions: str, model: str | None) -> Artifact:

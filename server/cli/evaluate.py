@@ -24,7 +24,9 @@ def evaluate(
     concept: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="SETPOINT_CONCEPT", help="Concept to measure. May be repeated.", show_default="positive, polite"
+            envvar="SETPOINT_CONCEPT",
+            help="Concept to measure, for concepts. May be repeated.",
+            show_default="positive, polite",
         ),
     ] = None,
     method: Annotated[
@@ -33,9 +35,14 @@ def evaluate(
     ] = None,
     test_prompts: Annotated[int, typer.Option(envvar="SETPOINT_TEST_PROMPTS", help="Held-out prompts.")] = 64,
     tune_prompts: Annotated[
-        int, typer.Option(envvar="SETPOINT_TUNE_PROMPTS", help="Prompts to choose strengths on, for concepts.")
-    ] = 32,
-    seeds: Annotated[int, typer.Option(envvar="SETPOINT_SEEDS", help="Answers a prompt.")] = 3,
+        int | None,
+        typer.Option(
+            envvar="SETPOINT_TUNE_PROMPTS", help="Prompts to choose strengths on, for concepts.", show_default="32"
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(envvar="SETPOINT_SEEDS", help="Answers a prompt, for concepts.", show_default="3")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(envvar="SETPOINT_MAX_TOKENS", help="Longest answer in tokens.")] = 64,
     out: Annotated[Path, typer.Option(envvar="SETPOINT_OUT", help="Folder for the results.")] = Path("eval"),
     store: StoreFolder = None,
@@ -48,7 +55,7 @@ def evaluate(
 
     from server.host import Host
     from server.settings import ServerSettings
-    from steering import __version__
+    from steering import SpecError, __version__
     from steering.evaluation import (
         COLUMNS,
         HEADER,
@@ -66,13 +73,16 @@ def evaluate(
     asked: Suite | Catalogue
     header: Sequence[str]
     if suite == "methods":
+        for name, value in (("concept", concept), ("tune-prompts", tune_prompts), ("seeds", seeds)):
+            if value is not None:
+                raise SpecError(name, expected="nothing here: the suite `methods` has its own concepts, and one seed")
         asked = Catalogue(methods=tuple(method or ()), n_prompts=test_prompts, max_tokens=max_tokens)
     else:
         asked = Suite(
             concepts=tuple(concept or ("positive", "polite")),
-            tune_prompts=tune_prompts,
+            tune_prompts=32 if tune_prompts is None else tune_prompts,
             test_prompts=test_prompts,
-            seeds=tuple(range(seeds)),
+            seeds=tuple(range(3 if seeds is None else seeds)),
             max_tokens=max_tokens,
             **chosen,
         )

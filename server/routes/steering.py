@@ -17,6 +17,7 @@ from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, takes
 from server.schema.openai import TraceRequest
 from server.translate import check_length, given_tokens
 from steering import REGISTRY, SteeringError, summary, trace_prompt
+from steering.evaluation import ENTRIES
 
 router = APIRouter(prefix="/v1/steering", tags=["Steering"])
 Trace = Annotated[TraceRequest, Depends(json_body(TraceRequest))]
@@ -24,7 +25,8 @@ Trace = Annotated[TraceRequest, Depends(json_body(TraceRequest))]
 
 @router.get("/types")
 async def types() -> Json:
-    """Every type of intervention, with one line of documentation and its JSON schema."""
+    """Every type of intervention: one line of documentation, the kind of plan that it needs, an example on the ready
+    artifacts of the embedded model, and its JSON schema."""
     return await run_in_threadpool(_types)
 
 
@@ -37,8 +39,15 @@ async def trace(http: Request, service: ServiceDep, host: HostDep, body: Trace) 
 
 @cache  # to describe them all takes a processor tens of milliseconds
 def _types() -> Json:
+    examples = {entry.type: entry.request(entry.strengths[1]) for entry in reversed(ENTRIES)}
     data = [
-        {"type": name, "summary": summary(method), "schema": TypeAdapter(method).json_schema()}
+        {
+            "type": name,
+            "summary": summary(method),
+            "plan_kind": getattr(method, "plan_kind", None),
+            "example": examples.get(name),
+            "schema": TypeAdapter(method).json_schema(),
+        }
         for name, method in REGISTRY.items()
     ]
     return {"object": "list", "data": data}

@@ -84,7 +84,7 @@ def from_steering(error: SteeringError) -> ApiError:
 
 def from_validation(errors: Sequence[ErrorDetails], data: object) -> ApiError:
     """The 400 for what pydantic refused in `data`. `errors` need not carry their inputs: they are looked up."""
-    error = _chief(errors, data)
+    error = _chief([_untagged(error, data) for error in errors], data)
     if error["type"] == "json_invalid":
         return ApiError(400, INVALID_JSON, code="invalid_json")
     path, parent = _path(error, data)
@@ -116,6 +116,19 @@ def from_validation(errors: Sequence[ErrorDetails], data: object) -> ApiError:
         said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         message = f"{path}: expected {said}, got {_shown(value)}."
     return ApiError(400, message, param=path[:_PARAM_LIMIT] or None, code=code)
+
+
+def _untagged(error: ErrorDetails, data: object) -> ErrorDetails:
+    """The error without the names of types in its path: pydantic puts them behind the index of an intervention, where
+    `heads` or `sparsity` would be taken for the field of that name."""
+    node, loc = data, []
+    for index, step in enumerate(error["loc"]):
+        behind_index = index > 0 and isinstance(error["loc"][index - 1], int)
+        if behind_index and step in REGISTRY and isinstance(node, dict) and node.get("type") == step:
+            continue
+        node = node[step] if _has(node, step) else node  # type: ignore[index]
+        loc.append(step)
+    return {**error, "loc": tuple(loc)}
 
 
 def _shown(value: object) -> str:

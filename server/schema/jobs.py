@@ -5,6 +5,7 @@ Types only: names, rows and doses are checked in `server.tasks`, before the job 
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from functools import reduce
 from operator import or_
@@ -98,7 +99,8 @@ def _plan_fields() -> dict[str, Any]:
             if setting.name in ConceptMethod.model_fields:
                 continue
             types.setdefault(setting.name, []).append(hints[setting.name])
-            texts.setdefault(setting.name, []).append(f"`{kind}`: {known[setting.name].get('description', '')}".strip())
+            told = f"`{kind}`: {known[setting.name].get('description', '')}".strip()
+            texts.setdefault(setting.name, []).append(f"{told} Default {json.dumps(setting.default)}.")
     return {
         name: (reduce(or_, dict.fromkeys(types[name])) | None, Field(None, description="\n".join(texts[name])))
         for name in types
@@ -107,7 +109,7 @@ def _plan_fields() -> dict[str, Any]:
 
 FitMethod: Any = create_model("FitMethod", __base__=ConceptMethod, **_plan_fields())
 FitMethod.__doc__ = ConceptMethod.__doc__
-FitKind: Any = Literal[tuple(["concept", *FITS])]
+FitKind: Any = Literal[("concept", *FITS)]
 
 
 class FitRequest(BaseModel):

@@ -8,6 +8,7 @@ tolerated, as OpenAI does; fields that are known, not supported where they stand
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -243,6 +244,10 @@ class TraceRequest(BaseModel):
     units: Literal["centred", "contrast", "absolute"] = "centred"
 
 
+ALMOST = 0.87
+"""Likeness from which on a key is taken for `steering`: stering, steeering, stearing; not string (0.86), streaming."""
+
+
 def unsupported_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | None:
     """The first field of `data` that asks for something which requests of this `model` cannot have."""
     for name, harmless in UNSUPPORTED.items():
@@ -253,14 +258,22 @@ def unsupported_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | 
     return None
 
 
+def is_almost_steering(name: str) -> bool:
+    """Whether a key is `steering`, or so near to it that nothing else can be meant."""
+    plain = name.lower().replace("_", "").replace("-", "")
+    return plain in ("steer", "steers", "steered") or SequenceMatcher(None, plain, "steering").ratio() >= ALMOST
+
+
 def misplaced_field(data: Mapping[str, Any], model: type[BaseModel]) -> str | None:
     """The first key of `steering` that stands beside it in `data`, unless it is a field of `model`; and `steering`
     itself where it is misspelt, or left in `extra_body`, which only OpenAI's client unpacks."""
     for name, value in data.items():
         if name in model.model_fields or value is None:
             continue
-        if name in STEERING_KEYS or name.lower() in ("steer", "steering"):
+        if name in STEERING_KEYS or is_almost_steering(name):
             return name
-        if name == "extra_body" and isinstance(value, dict) and "steering" in value:
-            return "extra_body.steering"
+        if name == "extra_body" and isinstance(value, dict):
+            for inner in value:
+                if inner in STEERING_KEYS or is_almost_steering(str(inner)):
+                    return f"extra_body.{inner}"
     return None

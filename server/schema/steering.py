@@ -28,7 +28,9 @@ from steering import (
     Scope,
     SpecError,
     SteeringError,
+    Term,
     Window,
+    check_whole,
     compile_program,
 )
 
@@ -138,12 +140,15 @@ class Part:
             self._told(error)
             raise
 
-    def check_scopes(self, length: int, steps: int) -> None:
-        """As `Composition.check_scopes`, for this part."""
-        for path, one in self.interventions():
+    def check_scopes(self, terms: Iterator[Term], length: int, steps: int) -> None:
+        """As `Composition.check_scopes`, for this part, whose terms come next."""
+        for (path, one), term in zip(self.interventions(), terms, strict=False):
             scope = getattr(one, "apply", None)
             if isinstance(scope, Scope) and (error := _impossible(scope, length, steps)) is not None:
                 raise self._told(error.at(f"{path}.apply"))
+            if term.acts and not any(_selects(s, length, steps) for s in term.scopes or (term.scope,)):
+                expected = f"one of the prompt's {length} tokens that {one.type} acts on"
+                raise self._told(SpecError(path, expected=expected, advice="it leaves some out, as position 0"))
 
     def _told(self, error: SteeringError) -> SteeringError:
         """The error with the path of its field; inside a saved object it names what brought that in."""
@@ -191,21 +196,27 @@ class Composition:
         guards = [part.spec.guard for part in self.parts if part.spec.guard is not None]
         terms = tuple(term for program in programs for term in program.terms)
         whole = Program(terms, reduce(_stricter, guards, Guard()))
+        try:
+            check_whole(terms, whole.guard)
+        except SteeringError as error:
+            raise error.at(self.parts[-1].base) if self.parts[-1].base else error from error
         if whole.rank > MAX_CHANNELS:
             expected = f"at most {MAX_CHANNELS} channels, the components of all plans and one for each concept"
             raise SpecError(self.parts[-1].base or "interventions", expected=expected, got=whole.rank)
         return whole
 
-    def check_scopes(self, length: int, steps: int) -> None:
+    def check_scopes(self, program: Program, length: int, steps: int) -> None:
         """Refuse what can select nothing in a prompt of `length` tokens and `steps` decode steps: it would be served
         unsteered without a word. There is one step fewer than tokens, for the first is drawn from the prompt.
+        `program` is what this compiles to: methods leave positions out that a request's `apply` has.
 
         `none` for both prompt and generation stays legal, and so do positions of which one is inside: a preset's may
         be meant for longer prompts.
         Raises SpecError.
         """
+        terms = iter(program.terms)
         for part in self.parts:
-            part.check_scopes(length, steps)
+            part.check_scopes(terms, length, steps)
 
 
 def _stricter(a: Guard, b: Guard) -> Guard:
@@ -239,6 +250,14 @@ def _impossible(scope: Scope, length: int, steps: int) -> SpecError | None:
             "generation", expected="a step to act on, but the only token is drawn from the prompt", got="all"
         )
     return None
+
+
+def _selects(scope: Scope, length: int, steps: int) -> bool:
+    """Whether any token of a prompt or any decode step is in scope."""
+    if scope.prompt_mask(length).any():
+        return True
+    start, stop = scope.generation.window if isinstance(scope.generation, Window) else (0, steps)
+    return scope.generation != "none" and start < min(stop, steps)
 
 
 def _target(name: str, target: object, path: str) -> Intervention:

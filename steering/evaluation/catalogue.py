@@ -12,7 +12,10 @@ Strengths are those at which the method is of interest on the embedded model, le
 
 from __future__ import annotations
 
+import operator
+import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import median
@@ -183,7 +186,7 @@ def _row(
         perplexity_ratio=measured / asked.perplexity,
         distinct_2=distinct([done.text for done in results], 2),
         effort=float(np.mean(efforts)) if efforts else 0.0,
-        speed=1.0 if program is None else _speed(engine, catalogue, asked.ids, program),
+        speed=1.0 if program is None else math.nan if is_control else _speed(engine, catalogue, asked.ids, program),
         failed=sum(done.error is not None for done in results),
     )
 
@@ -192,7 +195,8 @@ def _effect(entry: Entry, asked: _Asked, results: list[Finished]) -> tuple[float
     """The effect and its 95% interval; of `keep` the interval is over answers that are equal to the last token."""
     if entry.task == "keep":
         pairs = [(a.tokens, b.tokens) for a, b in zip(asked.plain, results, strict=True)]
-        same = [float(np.mean([x == y for x, y in zip(a, b, strict=False)])) if a and b else 0.0 for a, b in pairs]
+        # Over the longer answer: one that ends early has lost what would have followed.
+        same = [sum(map(operator.eq, a, b)) / max(len(a), len(b), 1) for a, b in pairs]
         return float(np.mean(same)), wilson(sum(a == b for a, b in pairs), len(pairs))
     judge = JUDGES[entry.concept]
     hits = [bool(judge(done.text, chat)) for done, chat in zip(results, asked.chats, strict=True)]
@@ -223,7 +227,7 @@ class RandomBench:
     def __init__(self, bench: Bench, mean_LD: Tensor, seed: int) -> None:
         self._bench = bench
         self._mean_LD = mean_LD
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
 
     def __getattr__(self, name: str) -> Any:
         """Everything that is not drawn."""
@@ -232,7 +236,7 @@ class RandomBench:
     def concept(self, name: str) -> Concept:
         """The concept with random unit directions; gains along them, as long as they were."""
         concept = self._bench.concept(name)
-        drawn_LD = self._like(concept.direction)
+        drawn_LD = self._like(concept.direction, name)
         origin_L = concept.origin + ((drawn_LD - concept.direction) * self._mean_LD).sum(-1)
         gains = {kind: gain.norm(dim=-1, keepdim=True) * drawn_LD[: len(gain)] for kind, gain in concept.gains.items()}
         return replace(concept, direction=drawn_LD, origin=origin_L, gains=gains)
@@ -241,14 +245,16 @@ class RandomBench:
         """The plan with its matrices drawn anew, row norms as they were; rotations stay rotations."""
         plan: Plan = self._bench.plan(name, kind)
         drawn: Mapping[str, Tensor] = {
-            field.name: self._like(value)
+            field.name: self._like(value, f"{name} {field.name}")
             for field in fields(plan)
             if isinstance(value := getattr(plan, field.name), Tensor) and field.name != "rotation"
         }
         return replace(plan, **drawn)  # type: ignore[arg-type]
 
-    def _like(self, rows: Tensor) -> Tensor:
-        noise = torch.randn(rows.shape, generator=self._generator, dtype=rows.dtype)
+    def _like(self, rows: Tensor, name: str) -> Tensor:
+        """Random rows as long as these; of a name always the same, whatever else is measured."""
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
+        noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
         return noise / noise.norm(dim=-1, keepdim=True).clamp_min(1e-30) * rows.norm(dim=-1, keepdim=True)
 
 

@@ -81,7 +81,9 @@ class Sweep:
             try:
                 given = {"concept": self.concept, "apply": self.apply, swept: dose}
                 term = cast(Intervention, REGISTRY[self.type](**given)).compile(bench)
-                program = Program((guarded(term, bench),))
+                term = guarded(term, bench)
+                # What a turn met is an angle: the projection is measured beside it.
+                program = Program((term,) if term.units != "degrees" else (*self.metered(bench).terms, term))
             except SteeringError as error:
                 error.param = {"concept": "concept", "name": "concept"}.get(error.param or "", f"grid[{index}]")
                 raise

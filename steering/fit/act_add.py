@@ -24,6 +24,7 @@ from steering.artifact import MAX_BYTES, checked_name
 from steering.errors import SpecError
 from steering.fit.concept import FitSettings, Progress, encode_class, provenance
 from steering.fit.examples import Example, checked_class
+from steering.fit.settings import chosen_blocks
 from steering.plan.act_add import ActAddPlan
 from steering.plan.base import MAX_RANK
 from steering.plant.capture import Pause, capture
@@ -51,12 +52,7 @@ class ActAddSettings:
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """The blocks of a model with `depth` blocks, ascending. Raises SpecError for one that it does not have."""
-        if self.layers is None:
-            return tuple(range(depth))
-        layers = tuple(sorted(set(self.layers)))
-        if not layers or layers[0] < 0 or layers[-1] >= depth:
-            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(self.layers))
-        return layers
+        return chosen_blocks(self.layers, depth)
 
     def for_model(self, plant: Plant) -> None:
         """Raises SpecError for a block, or padding, that the model does not have."""

@@ -91,7 +91,7 @@ class Fidelity:
     random: float
 
 
-def fidelity(ae: Autoencoder, x_ND: Tensor, *, seed: int = 0) -> Fidelity:
+def fidelity(ae: Autoencoder, x_ND: Tensor, *, seed: int = 0, pause: Pause | None = None) -> Fidelity:
     """Of the rows of x, at least one.
 
     The random dictionary has as many random unit rows, and of each token the same number fire, those with the largest
@@ -106,6 +106,8 @@ def fidelity(ae: Autoencoder, x_ND: Tensor, *, seed: int = 0) -> Fidelity:
         z_Tm = ae.encode(x_TD)
         missed += float((x_TD - ae.decode(z_Tm)).double().square().sum())
         active += float((z_Tm > 0).sum())
+        if pause is not None:
+            pause()
     k = max(1, round(active / len(x_ND)))
     own = cross = size = 0.0
     for x_TD in x_ND.split(CHUNK):
@@ -116,6 +118,8 @@ def fidelity(ae: Autoencoder, x_ND: Tensor, *, seed: int = 0) -> Fidelity:
         own += float(y_TD.double().square().sum())
         cross += float((y_TD * guess_TD).double().sum())
         size += float(guess_TD.double().square().sum())
+        if pause is not None:
+            pause()
     random_missed = own - cross**2 / max(size, 1e-30)
     floor = max(total, 1e-30)
     return Fidelity(1 - missed / floor, active / len(x_ND), 1 - random_missed / floor)
@@ -131,7 +135,7 @@ class Activity:
     deviation: Tensor
 
     @classmethod
-    def of(cls, ae: Autoencoder, x_ND: Tensor) -> Activity:
+    def of(cls, ae: Autoencoder, x_ND: Tensor, pause: Pause | None = None) -> Activity:
         """Of the rows of x, at least one."""
         m = len(ae.encoder)
         peak, total, square, fired = (torch.zeros(m, dtype=torch.float64) for _ in range(4))
@@ -141,6 +145,8 @@ class Activity:
             total += z_Tm.sum(0)
             square += z_Tm.square().sum(0)
             fired += (z_Tm > 0).sum(0)
+            if pause is not None:
+                pause()
         n = len(x_ND)
         return cls(peak, total / n, fired / n, (square / n - (total / n).square()).clamp_min(0).sqrt())
 

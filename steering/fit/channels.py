@@ -35,6 +35,7 @@ from steering.artifact import checked_name
 from steering.errors import PlantError, SpecError
 from steering.fit.concept import Progress
 from steering.fit.examples import Example
+from steering.fit.settings import chosen_blocks
 from steering.plan import ChannelsPlan
 from steering.plan.channels import MAX_CHANNELS, Reader
 from steering.plant.capture import Pause
@@ -69,16 +70,14 @@ class ChannelsSettings:
             raise SpecError("kind", expected=f"all or one of {', '.join(READERS)}", got=self.kind)
         for name, most in (("top", MAX_CHANNELS), ("components", 1024)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not 1 <= value <= most:
-                raise SpecError(name, expected=f"1 to {most}", got=value)
-        if self.reach is not None and self.reach < 1:
+            if type(value) is not int or not 1 <= value <= most:
+                raise SpecError(name, expected=f"a whole number in 1..{most}", got=value)
+        if self.reach is not None and (type(self.reach) is not int or self.reach < 1):
             raise SpecError("reach", expected="a number >= 1, or null", got=self.reach)
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """The blocks of a model with `depth` blocks, ascending. Raises SpecError."""
-        layers = tuple(range(depth)) if self.layers is None else tuple(sorted(set(self.layers)))
-        if layers and (layers[0] < 0 or layers[-1] >= depth):
-            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(layers))
+        layers = chosen_blocks(self.layers, depth)
         if not any(self.is_pair(up, down) for up in layers for down in layers):
             raise SpecError("layers", expected="two blocks or more, no further apart than `reach`", got=list(layers))
         return layers

@@ -28,6 +28,7 @@ from steering.concept import Concept
 from steering.control import Weights, output_regulate, regulate_along
 from steering.errors import PlantError, SpecError
 from steering.fit.examples import Example, checked_classes, encode_example
+from steering.fit.units import aurocs
 from steering.plant.capture import Pause, capture_means, state_sites
 from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
@@ -141,7 +142,7 @@ def fit_concept(
         for index, kind in enumerate(computed):
             start, end = (0.65 + 0.35 * (index + done) / len(computed) for done in (0, 1))
             before = linear.products
-            gains[kind] = _gains(
+            gains[kind] = gains_along(
                 linear, kind, direction, weights, layers, part_of(progress, f"gains ({kind})", start, end)
             )
             products[kind] = linear.products - before
@@ -196,8 +197,7 @@ def difference_of_means(positive_NLD: Tensor, negative_NLD: Tensor) -> tuple[Ten
 
 def auroc(positive_N: Tensor, negative_N: Tensor) -> float:
     """Area under the ROC curve: the share of pairs in the right order, ties counted half (Mann–Whitney)."""
-    difference = positive_N[:, None] - negative_N[None, :]
-    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+    return float(aurocs(positive_N[:, None], negative_N[:, None]))
 
 
 def part_of(progress: Progress | None, stage: str, start: float, end: float) -> Callable[[int, int], None]:
@@ -268,7 +268,7 @@ def _jacobian_prompts(encoded: dict[str, list[tuple[list[int], Sequence[int]]]],
     return prompts
 
 
-def _gains(
+def gains_along(
     linear: Linearisation,
     kind: Gains,
     direction_LD: Tensor,
@@ -276,7 +276,10 @@ def _gains(
     layers: range,
     progress: Callable[[int, int], None],
 ) -> Tensor:
-    """w (L, D) float32, zero rows outside `layers`."""
+    """w (L, D) float32, the gains of one concept's directions (L + 1, D), zero rows outside `layers`.
+
+    `dense` from the Jacobians, else from products with them (`steering.control`).
+    """
     v_LD = direction_LD[layers.start : layers.stop + 1]
     if kind == "dense":
         stream = (A for _, A in linear.jacobians(layers, progress=progress))

@@ -14,7 +14,8 @@ before it stands still (`steering.plant.jacobian`). The prompts are source examp
 
 Quality: of every autoencoder the figures of `steering.fit.sae`; the numbers of words, of kept features and the stages'
 figures by block; `overlap` t·s; the AUROC of z·t on held-out examples; and by how much the whole window moves ΔM on
-source prompts at λ = 1, 2, 4 and 8, beside the control of random features that writes as much (`random`). All kept
+held-out source prompts at λ = 1, 2, 4 and 8, beside the control of random features that writes as much (`random`):
+lifts are measured, and features chosen, on prompts of the other examples. All kept
 features are the target's and no activation is below zero, so in a subspace of one direction s is t itself.
 Source: Neural FOXP2, arXiv:2602.00945, stages I–III.   Oracles: `steering.control.geometry`'s; the lift of one feature
 by a hooked forward pass of the whole prompt.
@@ -33,9 +34,9 @@ from torch.nn.functional import normalize, pad
 from steering.artifact import checked_name
 from steering.control.geometry import Subspace, best_window, leading
 from steering.errors import SpecError
-from steering.fit.concept import Progress, auroc, encode_class, part_of, provenance
+from steering.fit.concept import Progress, auroc, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
-from steering.fit.lift import LAMBDAS, Vocabulary, lift_slopes, moved, prompts_of, vocabulary
+from steering.fit.lift import LAMBDAS, Encoded, Vocabulary, lift_slopes, moved, prompts_of, vocabulary
 from steering.fit.sae import States, Trained, TrainingSettings, per_block, quality_of, trained
 from steering.plan import LanguagePlan
 from steering.plan.base import MAX_RANK
@@ -117,9 +118,14 @@ def fit_language(
     encoded = {side: encode_class(plant, side, rows, settings.reading(), pause) for side, rows in classes.items()}
     words = vocabulary(encoded["positive"], encoded["negative"], plant.vocab, settings.dominance)
     context = min(settings.context, plant.context)
-    report = part_of(progress, "prompts", 0.0, 0.05)
-    prompts = prompts_of(encoded["negative"], settings.prompts)
-    linear = Linearisation(plant, prompts, max_context=context, progress=report, pause=pause)
+    held = held_out(len(encoded["negative"])).tolist()
+
+    def along(rows: list[Encoded], start: float) -> Linearisation:
+        report = part_of(progress, "prompts", start, start + 0.05)
+        prompts = prompts_of(rows, settings.prompts)
+        return Linearisation(plant, prompts, max_context=context, progress=report, pause=pause)
+
+    linear = along([row for row, out in zip(encoded["negative"], held, strict=True) if not out], 0.0)
 
     blocks: list[Block] = []
     parts: list[Trained] = []
@@ -138,7 +144,14 @@ def fit_language(
     known = tuple(block.layer for block in blocks)
     window = best_window([block.space.mass * block.space.stability for block in blocks], known)
     plan = _plan(plant, name, [block for block in blocks if block.layer in window], settings)
-    effect = {which: moved(plant, linear, words, plan, control=which == "random") for which in ("chosen", "random")}
+    # On prompts that the features were not chosen on: there even chance ones would raise the words.
+    unseen = [row for row, out in zip(encoded["negative"], held, strict=True) if out]
+    linear = along(unseen, 0.92) if unseen else linear
+    effect = {}
+    for which in ("chosen", "random"):
+        effect[which] = moved(plant, linear, words, plan, control=which == "random")
+        if pause is not None:
+            pause()
     if progress:
         progress("done", 1.0)
     quality = _quality(blocks, parts, layers, window, words, effect)
@@ -169,7 +182,7 @@ def _block(
     kept, lift = order[slope > 0], slope[slope > 0]
     if not len(kept):
         return None
-    z = {side: known.means(part.ae)[:, kept] for side, known in states.items()}
+    z = {side: known.means(part.ae, pause)[:, kept] for side, known in states.items()}
     fitted = ~states["positive"].held_E
     delta_NK = (z["positive"] - z["negative"])[fitted]
     if not bool(delta_NK.any()):

@@ -31,12 +31,15 @@ from steering.errors import SpecError
 from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
 from steering.fit.sensitivity import Answers, Varied, eigenscore, varied_states
+from steering.fit.settings import chosen_blocks
 from steering.fit.units import aurocs, massive_units, ordinary, without_position_0
 from steering.plan.neurons import MAX_UNITS, NeuronScore, NeuronSite, NeuronsPlan
 from steering.plant.capture import Pause, capture_each
 from steering.plant.plant import Plant
 from steering.types import Site
 
+MAX_STEPS = 2**16
+"""Most decode steps of all prompts together: a quarter of an hour on the embedded model."""
 GROUP_BYTES = 2**29
 """Most that the statistics of one group of blocks may take: beyond it the examples are run again for the rest."""
 
@@ -79,8 +82,8 @@ class NeuronsSettings:
             value = getattr(self, name)
             if (value is not None or name != "top") and (type(value) is not int or not least <= value <= most):
                 raise SpecError(name, expected=f"{least} to {most}", got=value)
-        if not 0 < self.temperature <= 10:
-            raise SpecError("temperature", expected="a number in (0, 10]", got=self.temperature)
+        if not 0.01 <= self.temperature <= 10:  # below, float32 logits may overflow
+            raise SpecError("temperature", expected="a number in [0.01, 10]", got=self.temperature)
         self.reading()
 
     @property
@@ -90,12 +93,7 @@ class NeuronsSettings:
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """The blocks of a model with `depth` blocks, ascending. Raises SpecError for one that it does not have."""
-        if self.layers is None:
-            return (max(depth - 2, 0),) if self.method == "sensitivity" else tuple(range(depth))
-        layers = tuple(sorted(set(self.layers)))
-        if not layers or layers[0] < 0 or layers[-1] >= depth:
-            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(self.layers))
-        return layers
+        return chosen_blocks(self.layers, depth, (max(depth - 2, 0),) if self.method == "sensitivity" else None)
 
     def for_model(self, plant: Plant) -> None:
         """Raises SpecError for a block, PlantError for a site that the model does not have."""
@@ -175,6 +173,10 @@ def fit_neurons(
     settings.for_model(plant)
     sites = [Site(settings.place, layer) for layer in settings.chosen(plant.depth)]
     classes = checked_classes(positive, negative)
+    draws = settings.method == "sensitivity" and settings.source == "samples"
+    if draws and len(positive) * settings.tokens > MAX_STEPS:
+        expected = f"at most {MAX_STEPS // len(positive)} for {len(positive)} prompts, or fewer prompts"
+        raise SpecError("tokens", expected=expected, got=settings.tokens)
     encoded = {
         side: without_position_0(encode_class(plant, side, rows, settings.reading(), pause))
         for side, rows in classes.items()
@@ -184,7 +186,7 @@ def fit_neurons(
     if settings.method == "sensitivity":
         start = 0.7
         answers = None
-        if settings.source == "samples":
+        if draws:
             answers = Answers(settings.samples, settings.tokens, settings.temperature, settings.seed)
         report = part_of(progress, settings.source, 0.0, start)
         varied = varied_states(plant, classes["positive"], encoded["positive"], sites, answers, report, pause)
@@ -209,7 +211,12 @@ def fit_neurons(
     }
     if quality["measured_on"] != "held-out":
         quality["warning"] = "The figures are of the very examples that were fitted: give ten or more of each class."
-    elif settings.method != "sensitivity" and quality["auroc"] <= quality["random"]["auroc"]:
+    elif varied:
+        if quality["sensitivity_share"] <= quality["random"]["sensitivity_share"]:
+            quality["warning"] = (
+                "The chosen units vary no more than random ones on prompts not seen: give more prompts."
+            )
+    elif quality["auroc"] <= quality["random"]["auroc"]:
         quality["warning"] = "The chosen units tell the classes apart no better than random ones: give more examples."
     if progress:
         progress("done", 1.0)

@@ -39,12 +39,15 @@ class Fitter:
 
     settings: a frozen dataclass whose construction checks every field but those that depend on the model; those its
     method `for_model(plant)` checks, where it has one. least: the fewest rows of the positive and the negative class;
-    0 for a class that must not be given. A kind with one class takes its calibration texts as the positive one.
+    0 for a class that must not be given. most: the most rows of a class, None for any number. is_paired: whether row i
+    of one class belongs to row i of the other. A kind with one class takes its calibration texts as the positive one.
     """
 
     settings: type[Any]
     fit: Fit
     least: tuple[int, int] = (2, 2)
+    most: int | None = None
+    is_paired: bool = False
 
     def __post_init__(self) -> None:
         # As `steering.registry.register` does: pydantic reads the docstrings under the fields where HTTP meets them.
@@ -56,9 +59,9 @@ FITS: Mapping[str, Fitter] = {
     "subspace": Fitter(SubspaceSettings, fit_subspace),
     "neurons": Fitter(NeuronsSettings, fit_neurons),
     "heads": Fitter(HeadsSettings, fit_heads),
-    "act_add": Fitter(ActAddSettings, fit_act_add, least=(1, 1)),
+    "act_add": Fitter(ActAddSettings, fit_act_add, least=(1, 1), most=1),
     "sae": Fitter(SaeSettings, fit_sae),
-    "language": Fitter(LanguageSettings, fit_language),
+    "language": Fitter(LanguageSettings, fit_language, is_paired=True),
     "sparsity": Fitter(SparsitySettings, fit_sparsity, (2, 0)),
     "layers": Fitter(LayersSettings, fit_layers, (2, 0)),
     "transport": Fitter(TransportSettings, fit_transport),
@@ -66,6 +69,8 @@ FITS: Mapping[str, Fitter] = {
     "channels": Fitter(ChannelsSettings, fit_channels, (0, 0)),
 }
 """Kind → how it is made."""
+SEEDS = 2**63
+"""A seed lies between −SEEDS and SEEDS: torch takes no larger ones."""
 
 
 def settings_of(kind: str, given: Mapping[str, Any], plant: Plant | None = None) -> Any:
@@ -82,6 +87,9 @@ def settings_of(kind: str, given: Mapping[str, Any], plant: Plant | None = None)
         if name not in known:
             raise SpecError(name, expected=f"a setting of kind {kind!r}, which are {', '.join(known) or 'none'}")
     settings = cls(**given)
+    seed = getattr(settings, "seed", 0)
+    if not -SEEDS <= seed < SEEDS:
+        raise SpecError("seed", expected="a whole number of 64 bits", got=seed)
     if plant is not None:
         if isinstance(settings, FitSettings):
             settings.controlled(plant.depth)
@@ -94,7 +102,8 @@ def checked_rows(
     plant: Plant, kind: str, settings: Any, positive: Sequence[Example], negative: Sequence[Example]
 ) -> tuple[list[Example], list[Example]]:
     """The two classes after all that can be wrong with them was looked for. Raises SpecError that names the row."""
-    least = (2, 2) if kind == "concept" else FITS[kind].least
+    fitter = FITS.get(kind)
+    least, most = ((2, 2), None) if fitter is None else (fitter.least, fitter.most)
     reading = settings if isinstance(settings, FitSettings) else None
     if reading is None:
         reading = settings.reading() if hasattr(settings, "reading") else FitSettings()
@@ -106,8 +115,13 @@ def checked_rows(
             found.append([])
             continue
         checked = checked_class(side, rows, least=fewest)
+        if most is not None and len(rows) > most:
+            raise SpecError(side, expected=f"at most {most} examples for a fit of kind {kind!r}", got=len(rows))
         encode_class(plant, side, checked, reading)
         found.append(checked)
+    if fitter is not None and fitter.is_paired and len(found[0]) != len(found[1]):
+        expected = f"{len(found[0])} examples, one for each positive one"
+        raise SpecError("negative", expected=expected, got=len(found[1]))
     return found[0], found[1]
 
 

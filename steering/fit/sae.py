@@ -34,6 +34,8 @@ from steering.fit.concept import (
     provenance,
 )
 from steering.fit.examples import Example, checked_classes
+from steering.fit.settings import chosen_blocks
+from steering.fit.units import aurocs
 from steering.plan import MAX_RANK, SaePlan
 from steering.plan.sae import Autoencoder, SaeTap
 from steering.plant.capture import Pause, capture_each
@@ -41,6 +43,8 @@ from steering.plant.massive import are_massive
 from steering.plant.plant import Plant
 from steering.types import Site
 
+MAX_NUMBERS = 2**30
+"""Most numbers that the states of one block may be, four gigabytes; of a step's activations an eighth of it."""
 HELD_AT_ONCE = 2**31
 """Bytes of states in memory at a time: with more blocks than fit, the examples run again for the others."""
 DEAD = 0.9
@@ -77,7 +81,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.tap not in get_args(SaeTap):
             raise SpecError("tap", expected=f"one of {', '.join(get_args(SaeTap))}", got=self.tap)
-        most = {"features": 2**17, "steps": 10**6, "batch": 2**16, "tokens": 2**24}
+        most = {"features": 2**17, "steps": 100_000, "batch": 8192, "tokens": 2**22}
         for name, limit in most.items():
             value = getattr(self, name)
             if value is None and name == "features":
@@ -98,16 +102,16 @@ class TrainingSettings:
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """The blocks of a model with `depth` blocks, ascending. Raises SpecError for one that it does not have."""
-        if self.layers is None:
-            return self.default_layers(depth)
-        layers = tuple(sorted(set(self.layers)))
-        if not layers or layers[0] < 0 or layers[-1] >= depth:
-            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(self.layers))
-        return layers
+        return chosen_blocks(self.layers, depth, self.default_layers(depth))
 
     def for_model(self, plant: Plant) -> None:
-        """Raises SpecError for a block that the model does not have, and for a plan that no file may hold."""
+        """Raises SpecError for a block that the model does not have, for a plan that no file may hold, and for a
+        training that would not fit in memory."""
         layers, m = self.chosen(plant.depth), self.training(plant.width).features
+        if self.tokens * plant.width > MAX_NUMBERS:
+            raise SpecError("tokens", expected=f"at most {MAX_NUMBERS // plant.width} at width {plant.width}")
+        if self.batch * m > MAX_NUMBERS // 8:
+            raise SpecError("batch", expected=f"at most {MAX_NUMBERS // 8 // m} with {m} features", got=self.batch)
         if 8 * len(layers) * m * (plant.width + 4) > MAX_BYTES:
             expected = f"fewer features, or fewer layers: {m} of width {plant.width} at {len(layers)} pass a gigabyte"
             raise SpecError("features", expected=expected)
@@ -139,11 +143,13 @@ class States:
         """The tokens of examples that are held out, or of the others."""
         return self.x_ND[self.held_E[self.example_N] == held]
 
-    def means(self, ae: Autoencoder) -> Tensor:
+    def means(self, ae: Autoencoder, pause: Pause | None = None) -> Tensor:
         """Mean activation of every feature in every example (E, m), float64."""
         z_Em = torch.zeros(len(self.held_E), len(ae.encoder), dtype=torch.float64)
         for x_TD, example_T in zip(self.x_ND.split(CHUNK), self.example_N.split(CHUNK), strict=True):
             z_Em.index_add_(0, example_T, ae.encode(x_TD).double())
+            if pause is not None:
+                pause()
         return z_Em / torch.bincount(self.example_N, minlength=len(z_Em)).clamp_min(1)[:, None]
 
 
@@ -250,19 +256,22 @@ def trained(
 ) -> Trained:
     """Train one block's autoencoder and measure it. Raises SpecError where the states do not differ at all."""
     fitted = {side: known.part(False) for side, known in states.items()}
+    for side, x_ND in fitted.items():
+        if not len(x_ND):
+            raise SpecError(side, expected="examples with tokens beside position 0 and massive activations")
     x_ND = torch.cat([fitted["positive"], fitted["negative"]])
     if len(x_ND) < 2 or not bool((x_ND != x_ND[0]).any()):
         raise SpecError("positive", expected="examples with tokens that differ, to train an autoencoder on")
     ae = train(x_ND.to(plant.device), settings.training(plant.width), pause, progress)
-    plus, minus = (Activity.of(ae, fitted[side]) for side in ("positive", "negative"))
-    whole = Activity.of(ae, x_ND)
+    plus, minus = (Activity.of(ae, fitted[side], pause) for side in ("positive", "negative"))
+    whole = Activity.of(ae, x_ND, pause)
     told_m = selectivity(plus, minus)
     control = random_features(whole.rate, 2 * MAX_RANK, settings.seed)
     held = {side: known.part(True) for side, known in states.items()}
     unseen_ND = torch.cat([held["positive"], held["negative"]])
-    seen = fidelity(ae, x_ND, seed=settings.seed + 1)
-    unseen = fidelity(ae, unseen_ND, seed=settings.seed + 1) if len(unseen_ND) else None
-    figures = _figures(seen, unseen, whole) | _told(ae, states, told_m, control)
+    seen = fidelity(ae, x_ND, seed=settings.seed + 1, pause=pause)
+    unseen = fidelity(ae, unseen_ND, seed=settings.seed + 1, pause=pause) if len(unseen_ND) else None
+    figures = _figures(seen, unseen, whole) | _told(ae, states, told_m, control, pause)
     return Trained(ae, whole, told_m, control, figures)
 
 
@@ -284,6 +293,13 @@ def quality_of(parts: Sequence[Trained]) -> dict[str, Any]:
         quality["warning"] = (
             f"{100 * max(quality['dead']):.0f} % of the features never fire: lower l1, or ask for fewer features."
         )
+    elif max(quality["auroc"]) <= max(quality["random"]["auroc"]):
+        quality["warning"] = (
+            "The most selective features tell the classes apart no better than random ones: give more examples, and "
+            "clearer ones."
+        )
+    elif quality["measured_on"] != "held-out":
+        quality["warning"] = "The figures are of the very examples that were fitted: give ten or more of each class."
     return quality
 
 
@@ -298,17 +314,20 @@ def _figures(seen: Fidelity, unseen: Fidelity | None, whole: Activity) -> dict[s
     }
 
 
-def _told(ae: Autoencoder, states: dict[str, States], told_m: Tensor, control: Tensor) -> dict[str, float]:
+def _told(
+    ae: Autoencoder, states: dict[str, States], told_m: Tensor, control: Tensor, pause: Pause | None
+) -> dict[str, float]:
     """How well the most selective feature tells the classes, on held-out examples where there are any."""
-    z = {side: known.means(ae) for side, known in states.items()}
+    z = {side: known.means(ae, pause) for side, known in states.items()}
     on_held = all(bool(known.held_E.any()) for known in states.values())
     if on_held:
         z = {side: z[side][known.held_E] for side, known in states.items()}
     best = int(told_m.argmax())
-    others = [auroc(z["positive"][:, j], z["negative"][:, j]) for j in control[:64].tolist() if j != best]
+    drawn = [j for j in control[:64].tolist() if j != best]
+    others = aurocs(z["positive"][:, drawn], z["negative"][:, drawn])
     return {
         "auroc": auroc(z["positive"][:, best], z["negative"][:, best]),
-        "random_auroc": sum(max(a, 1 - a) for a in others) / max(len(others), 1),
+        "random_auroc": float(torch.maximum(others, 1 - others).sum()) / max(len(drawn), 1),
         "selectivity": float(told_m[best]),
         "held_out_tokens": float(sum(len(known.part(True)) for known in states.values())) if on_held else 0.0,
     }

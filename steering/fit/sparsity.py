@@ -41,6 +41,7 @@ from steering.fit.allocation import (
 from steering.fit.concept import FitSettings, Progress, part_of, provenance
 from steering.fit.examples import Example
 from steering.fit.quantiles import TAIL_STEPS, Table, tabled
+from steering.fit.settings import chosen_blocks
 from steering.fit.trial import READING, Row, Texts, Trial, calibration, ratio, within
 from steering.plan.base import MAX_RANK
 from steering.plan.sparsity import SPARSE_TAPS, Allocation, Rule, Score, SparseTap, SparsityPlan
@@ -53,6 +54,8 @@ LEVELS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Overall sparsities that a plan has thresholds for; between them it interpolates, an error below 0.2 % of a share."""
 PUBLISHED = (0.25, 0.4, 0.5, 0.65)
 """Levels at which WINA and TEAL are evaluated, and at which every plan is."""
+MAX_NUMBERS = 2**29
+"""Most numbers that the activations of one block may be: two gigabytes, and as much again to sort one site's."""
 GREEDY_TOKENS = 256
 """Tokens on which the greedy allocation measures a block's output."""
 BISECTIONS, CLOSE = 16, 0.02
@@ -93,7 +96,7 @@ class SparsitySettings:
     """Of the random coordinates of the control."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (("sparsity", 0.01, LEVELS[-1]), ("step", 0.01, 0.5), ("dense_share", 0.0, 0.99)):
+        for name, least, most in (("sparsity", 0.01, LEVELS[-1]), ("step", 0.02, 0.5), ("dense_share", 0.0, 0.99)):
             _number(name, getattr(self, name), least, most)
         if self.perplexity_increase is not None:
             _number("perplexity_increase", self.perplexity_increase, 1e-4, 10.0)
@@ -118,9 +121,7 @@ class SparsitySettings:
 
     def chosen(self, plant: Plant) -> tuple[tuple[int, ...], tuple[SparseTap, ...]]:
         """Blocks and taps, in order. Raises SpecError for what the model does not have."""
-        layers = tuple(range(plant.depth)) if self.layers is None else tuple(sorted(set(self.layers)))
-        if not layers or layers[0] < 0 or layers[-1] >= plant.depth:
-            raise SpecError("layers", expected=f"layers in 0..{plant.depth - 1}", got=list(self.layers or ()))
+        layers = chosen_blocks(self.layers, plant.depth)
         had = [tap for tap in SPARSE_TAPS if _has(plant, tap)]
         wanted = had if self.sites is None else [tap for tap in SPARSE_TAPS if tap in self.sites]
         if missing := [tap for tap in wanted if tap not in had]:
@@ -130,8 +131,12 @@ class SparsitySettings:
         return layers, tuple(wanted)
 
     def for_model(self, plant: Plant) -> None:
-        """Raises SpecError for a block or a site that the model does not have, and for too large a rank."""
+        """Raises SpecError for a block or a site that the model does not have, for too large a rank, and for more
+        activations of one block than fit in memory."""
         _, taps = self.chosen(plant)
+        width = sum(plant.width_of(Site(tap, 0)) for tap in taps)
+        if self.tokens * width > MAX_NUMBERS:
+            raise SpecError("tokens", expected=f"at most {MAX_NUMBERS // width} at these sites", got=self.tokens)
         most = min(min(plant.width_of(Site(tap, 0)), plant.width) for tap in taps)
         if self.rank > most:
             raise SpecError("rank", expected=f"at most {most}, which every site of this model has", got=self.rank)
@@ -260,7 +265,7 @@ def _path(
     rows = within(texts.fitted, GREEDY_TOKENS)
     sites = [Site(tap, layer) for layer in table.layers for tap in table.taps]
     trial = Trial(plant, rows, sites, settings.first(rows), pause)
-    trial.note_blocks()
+    trial.note_blocks(trial.fullest)
     steps = []
     for row, layer in enumerate(table.layers):
         before_TD = trial.block(layer)

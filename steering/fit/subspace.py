@@ -26,6 +26,7 @@ from steering.artifact import MAX_BYTES, checked_name
 from steering.errors import SpecError
 from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, part_of, provenance
 from steering.fit.examples import Example, checked_classes
+from steering.fit.settings import chosen_blocks
 from steering.plan import MAX_RANK, SubspacePlan
 from steering.plant.capture import Pause, capture_each
 from steering.plant.massive import are_massive
@@ -61,12 +62,7 @@ class SubspaceSettings:
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """The blocks of a model with `depth` blocks, ascending. Raises SpecError for one that it does not have."""
-        if self.layers is None:
-            return tuple(range(min(1, depth - 1), depth))
-        layers = tuple(sorted(set(self.layers)))
-        if not layers or layers[0] < 0 or layers[-1] >= depth:
-            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(self.layers))
-        return layers
+        return chosen_blocks(self.layers, depth, range(min(1, depth - 1), depth))
 
     def for_model(self, plant: Plant) -> None:
         """Raises SpecError for a block that the model does not have."""

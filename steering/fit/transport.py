@@ -36,6 +36,7 @@ from steering.artifact import checked_name
 from steering.errors import SpecError
 from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
+from steering.fit.settings import chosen_blocks
 from steering.plan import TransportForm, TransportPlan, TransportSite
 from steering.plant.capture import Pause, capture_means
 from steering.plant.plant import Plant
@@ -88,10 +89,7 @@ class TransportSettings:
 
     def chosen(self, depth: int) -> tuple[int, ...]:
         """The blocks of a model with `depth` blocks, ascending. Raises SpecError for one that it does not have."""
-        layers = tuple(range(depth)) if self.layers is None else tuple(sorted(set(self.layers)))
-        if not layers or layers[0] < 0 or layers[-1] >= depth:
-            raise SpecError("layers", expected=f"layers in 0..{depth - 1}", got=list(self.layers or ()))
-        return layers
+        return chosen_blocks(self.layers, depth)
 
     def for_model(self, plant: Plant) -> None:
         """Raises SpecError for a block that the model does not have."""
@@ -226,7 +224,9 @@ def permuted(fitted: Map, x_ND: Tensor, order_D: Tensor) -> Map:
     """
     x_ND = x_ND.double()
     m_D, s_D = x_ND.mean(0), x_ND.std(0, correction=0)
-    delta_D = ((fitted.scale_D * m_D + fitted.shift_D - m_D) / s_D).where(s_D > 0, 0.0)
+    # Of a coordinate that varies by rounding alone the deviation is no unit: others would be sent anywhere.
+    varies_D = s_D > FLAT * x_ND.abs().amax(0)
+    delta_D = ((fitted.scale_D * m_D + fitted.shift_D - m_D) / s_D.where(varies_D, 1.0)).where(varies_D, 0.0)
     scale_D = fitted.scale_D[order_D]
     return Map(scale_D, m_D + s_D * delta_D[order_D] - scale_D * m_D, fitted.low_D, fitted.high_D)
 

@@ -156,6 +156,11 @@ class Trial:
         """In how many batches the texts run."""
         return len(self._batches)
 
+    @property
+    def fullest(self) -> int:
+        """The batch of which most tokens are read: of unlike texts the first has the shortest."""
+        return max(range(self.batches), key=lambda n: int(self._batches[n].read_BT.sum()))
+
     def note_blocks(self, batch: int = 0) -> None:
         """Run one batch as it is, and keep what each block is called with: `block` runs it again."""
         calls = self._calls = [((), {})] * len(self._blocks)
@@ -239,5 +244,6 @@ def _batches(rows: Sequence[Row], first: Sequence[int], device: torch.device) ->
 
 
 def ratio(loss: float, dense: float) -> float:
-    """Perplexity over that of the dense model; at most e^80, which JSON can carry."""
-    return math.exp(min(loss - dense, 80.0))
+    """Perplexity over that of the dense model; at most e^80, which JSON can carry and which no number counts as."""
+    risen = loss - dense
+    return math.exp(80.0 if math.isnan(risen) else min(risen, 80.0))

@@ -27,7 +27,7 @@ from steering.methods.sae import Sae
 from steering.methods.skip_layers import SkipLayers
 from steering.methods.sparsity import Sparsity
 from steering.methods.subspace import Subspace
-from steering.program import Guard, Program
+from steering.program import Guard, Program, check_whole
 from steering.registry import Bench, Intervention
 
 __all__ = [
@@ -74,4 +74,5 @@ def compile_program(
                 terms[-1] = conditioned(terms[-1], intervention.when, bench)
         except SteeringError as error:
             raise error.at(path) from error
+    check_whole(terms, guard or Guard())
     return Program(tuple(terms), guard or Guard())

@@ -14,8 +14,8 @@ Of the published code we leave: a prompt shorter than the difference is an error
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 
@@ -33,11 +33,16 @@ from steering.types import at
 class ActAdd(PlanIntervention):
     """Add the difference of two prompts at the first positions of the prompt."""
 
+    plan_kind: ClassVar[str] = ActAddPlan.kind
+
     type: Literal["act_add"] = "act_add"
     layer: int
     """The block at whose input it is added; the publication uses one at an eighth to a half of the depth."""
     first: bool = False
     """Whether position 0 is steered too, where the prompts differ there."""
+    apply: Scope | None = field(  # type: ignore[assignment]
+        default=None, metadata={"description": "Nothing else is possible than null: the first positions of the prompt."}
+    )
     control: bool = False
     """Add random directions of the same lengths instead: what a claim has to be compared with."""
 
@@ -47,8 +52,9 @@ class ActAdd(PlanIntervention):
             raise SpecError("layer", expected="a whole number", got=self.layer)
         if self.layers is not None:
             raise SpecError("layers", expected="null: act_add acts at `layer`", got=list(self.layers))
-        if self.apply != Scope():
-            raise SpecError("apply", expected="nothing: act_add acts at the first positions of the prompt")
+        if self.apply is not None:
+            expected = "null: act_add acts at the first positions of the prompt"
+            raise SpecError("apply", expected=expected, got=self.apply)
 
     def compile(self, bench: Bench) -> Term:
         """One law at the block's input, a channel and a scope for each position."""

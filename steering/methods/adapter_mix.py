@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from steering.errors import SpecError
 from steering.methods.base import checked_number
@@ -45,6 +45,8 @@ KEY = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class AdapterMix(PlanIntervention):
     """Mix in a LoRA adapter, with one coefficient or one for each part of the model."""
+
+    plan_kind: ClassVar[str] = AdapterPlan.kind
 
     type: Literal["adapter_mix"] = "adapter_mix"
     weights: float | Mapping[str, float] = 1.0

@@ -86,9 +86,9 @@ class Angular(ConceptIntervention):
             raise SpecError(
                 "layers", expected=f"layers where concept {self.concept!r} has a direction", got=list(layers)
             )
-        target = math.pi - (math.pi - math.radians(self.angle)) % (2 * math.pi)  # where φ lies: (−π, π]
-        gauges = dict.fromkeys(turns, (0.0, 1.0))
-        return Term(self.concept, "angular", turns, self.apply, "radians", target, gauges)
+        # No target: the mean of angles that lie on both sides of ±180 says nothing of how near they are to one.
+        gauges = dict.fromkeys(turns, (0.0, math.radians(1)))
+        return Term(self.concept, "angular", turns, self.apply, "degrees", None, gauges)
 
 
 def second_direction(concept: Concept) -> Tensor:

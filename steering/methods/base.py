@@ -15,7 +15,7 @@ from steering.control import setpoints
 from steering.edit import Acting
 from steering.errors import SpecError
 from steering.law import Law
-from steering.program import Scope, Term
+from steering.program import Positions, Scope, Term
 from steering.registry import Bench
 from steering.types import Route, Units, across
 
@@ -146,6 +146,10 @@ def conditioned(term: Term, when: When, bench: Bench) -> Term:
     if not low < high:
         name = "above" if when.below is None else "below"
         raise SpecError(name, expected="bounds with a float32 between them", got=getattr(when, name))
+    scopes = term.scopes or (term.scope,)
+    if when.on == "prompt" and not any(_is_in_reach(scope) for scope in scopes):
+        expected = f"token: {term.type} acts at positions of the prompt that come before its last, where it is asked"
+        raise SpecError("on", expected=expected, got=when.on)
     gate = Gate(when, concept.direction[when.layer], low, high, origin, scale)
     gated = replace(term, gate=gate)
     if not gated.is_in_time and (when.on == "token" or term.scope.generation == "none"):
@@ -155,6 +159,12 @@ def conditioned(term: Term, when: When, bench: Bench) -> Term:
     laws = {route: law for route, law in term.laws.items() if gate.decides(route)}
     kept = {route: scale for route, scale in term.gauges.items() if route in laws}
     return replace(gated, laws=laws, gauges=kept)
+
+
+def _is_in_reach(scope: Scope) -> bool:
+    """Whether what is decided at the prompt's last token can still hold for all that a scope names, or for a decode
+    step."""
+    return scope.generation != "none" or scope.prompt in ("last", "all", Positions((-1,)))
 
 
 def gauges(concept: Concept, layers: tuple[int, ...], units: Units = "centred") -> dict[Route, tuple[float, float]]:

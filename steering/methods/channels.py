@@ -18,13 +18,13 @@ explicitly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from steering.errors import SpecError
 from steering.methods.base import checked_number
-from steering.methods.planned import PlanIntervention
+from steering.methods.planned import PlanIntervention, without_first
 from steering.plan import MAX_RANK, ChannelsPlan, is_orthonormal
 from steering.program import Term
 from steering.registry import Bench, register
@@ -35,6 +35,8 @@ from steering.types import Route, Site
 @dataclass(frozen=True, kw_only=True)
 class Channels(PlanIntervention):
     """Remove, scale or hold components that later heads read."""
+
+    plan_kind: ClassVar[str] = ChannelsPlan.kind
 
     type: Literal["channels"] = "channels"
     channels: int | tuple[int, ...] | None = None
@@ -83,7 +85,7 @@ class Channels(PlanIntervention):
             )
         if not laws:
             raise SpecError("layers", expected=f"layers with channels of plan {self.plan!r} that are chosen")
-        return self.planned_term("channels", laws)
+        return self.planned_term("channels", laws, without_first(self.apply))
 
     def _places(self, plan: ChannelsPlan) -> dict[int, dict[tuple[int, int], int]]:
         """Rows of the plan by block and then by head and component, each component once. Raises SpecError."""

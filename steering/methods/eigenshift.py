@@ -17,14 +17,14 @@ edited copy of the head, which a tied embedding does not survive.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from steering.errors import SpecError
 from steering.law import Law
 from steering.methods.base import LARGEST, checked_number
-from steering.methods.planned import PlanIntervention
+from steering.methods.planned import PlanIntervention, without_first
 from steering.plan import EigenshiftPlan
 from steering.program import Term
 from steering.registry import Bench, register
@@ -35,6 +35,8 @@ from steering.types import at
 @dataclass(frozen=True, kw_only=True)
 class Eigenshift(PlanIntervention):
     """Damp or shift the head's eigen-directions that a plan has chosen."""
+
+    plan_kind: ClassVar[str] = EigenshiftPlan.kind
 
     type: Literal["eigenshift"] = "eigenshift"
     alpha: float | None = None
@@ -70,7 +72,8 @@ class Eigenshift(PlanIntervention):
         k = len(V_KD) if self.components is None else self.components
         if not isinstance(k, int) or not 1 <= k <= len(V_KD):
             raise SpecError("components", expected=f"1 to {len(V_KD)}, which plan {self.plan!r} has", got=k)
-        return self.planned_term("eigenshift", {at("final"): self._law(V_KD[:k], shift_K[:k])})
+        laws = {at("final"): self._law(V_KD[:k], shift_K[:k])}
+        return self.planned_term("eigenshift", laws, without_first(self.apply))
 
     def _law(self, V_KD: torch.Tensor, shift_K: torch.Tensor) -> Law:
         """(1 − α)(s Δ/(1 − α) − V h) V; without damping the open loop s Δ V. So α and s are knobs, not slots."""

@@ -1,6 +1,6 @@
 """Attention heads: shift them along the direction that tells the classes apart (ITI), or scale, fix or hold them.
 
-    shift    x_h ← x_h + α σ_h θ_h                   ITI: α = 15, the 48 heads of the best accuracy
+    shift    x_h ← x_h + α σ_h θ_h                   ITI: α = 15, the 48 heads of the best accuracy among 1,024
     clamp    x_h ← x_h + (r_h − θ_h·x_h) θ_h         r_h = θ_h·μ₋ + λ θ_h·(μ₊ − μ₋): the projection is held at λ
     scale    x_h ← factor · x_h
     zero     x_h ← 0
@@ -18,7 +18,7 @@ Of the published code we leave: a σ of other rows than the direction's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,15 @@ from steering.program import Term
 from steering.registry import Bench, register
 from steering.types import Route, at, edit_at
 
-USUAL = 48
-"""K of the publication."""
+USUAL = (48, 1024)
+"""K of the publication, and of how many heads."""
+
+
+def usual(n_heads: int) -> int:
+    """How many of `n_heads` are chosen where a request does not say: as published, or the same share of fewer."""
+    return max(1, min(USUAL[0], round(n_heads * USUAL[0] / USUAL[1])))
+
+
 _MODES = ("shift", "clamp", "scale", "zero", "mean")
 
 
@@ -42,13 +49,15 @@ _MODES = ("shift", "clamp", "scale", "zero", "mean")
 class Heads(PlanIntervention):
     """Shift, hold, scale, silence or fix attention heads that a plan has ranked."""
 
+    plan_kind: ClassVar[str] = HeadsPlan.kind
+
     type: Literal["heads"] = "heads"
     mode: Literal["shift", "clamp", "scale", "zero", "mean"] = "shift"
     """`shift` by `alpha` deviations (ITI), `clamp` the projection at `setpoint`, `scale` by `factor`, `zero`, or the
     head's `mean` in its place."""
     heads: int | tuple[tuple[int, int], ...] | None = None
-    """The first so many of the plan's heads, best first, or a list of [layer, head]; null means 48, or all where the
-    plan has fewer."""
+    """The first so many of the plan's heads, best first, or a list of [layer, head]; null means the published share, 48
+    of 1,024, and at most 48."""
     alpha: float | None = None
     """α of `shift`, in standard deviations of a head's projection; null means 15, the published value."""
     setpoint: float | None = None
@@ -101,7 +110,7 @@ class Heads(PlanIntervention):
                     gauges[at("attn_act", layer)] = (origin, mean - origin)
         if not laws:
             raise SpecError("heads", expected=f"heads in which plan {self.plan!r} found a direction", got=self.heads)
-        return self.planned_term("heads", laws, without_first(self.apply), target=self.setpoint, gauges=gauges)
+        return self.planned_term("heads", laws, without_first(self.apply), target=self.setpoint, gauges=gauges or None)
 
     def _chosen(self, plan: HeadsPlan, layers: tuple[int, ...]) -> list[tuple[int, int]]:
         """(row of the plan, head) of the heads that are used, best first. Raises SpecError for one it does not have."""
@@ -120,7 +129,7 @@ class Heads(PlanIntervention):
                     raise SpecError("heads", expected=expected, got=[layer, head])
                 chosen.append((plan.layers.index(layer), head))
         else:
-            count = min(USUAL, len(ranked)) if self.heads is None else self.heads
+            count = usual(len(ranked)) if self.heads is None else self.heads
             if count > len(ranked):
                 expected = f"at most {len(ranked)}, which plan {self.plan!r} has in these layers"
                 raise SpecError("heads", expected=expected, got=count)
@@ -129,6 +138,8 @@ class Heads(PlanIntervention):
             return chosen
         shuffled = of(plan.control)
         others = [place for place in shuffled if place not in set(chosen)]
+        if not others:
+            raise SpecError("control", expected="fewer heads than the plan has, so that others can be drawn", got=True)
         return (others if len(others) >= len(chosen) else shuffled)[: len(chosen)]
 
     def _mask(self, plan: HeadsPlan, row: int, heads: list[int]) -> Mask:

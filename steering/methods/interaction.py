@@ -16,7 +16,7 @@ Source: Local Interaction Basis, arXiv:2405.10928, Sec. 3 and its ablations.   O
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ from steering.types import at
 @dataclass(frozen=True, kw_only=True)
 class Interaction(PlanIntervention):
     """Remove features of the local interaction basis, or keep only the leading ones."""
+
+    plan_kind: ClassVar[str] = InteractionPlan.kind
 
     type: Literal["interaction"] = "interaction"
     mode: Literal["remove", "keep"] = "remove"

@@ -19,7 +19,7 @@ a batch encoded for all of them; training at the block's input and editing its o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -36,6 +36,8 @@ from steering.types import at
 @dataclass(frozen=True, kw_only=True)
 class Language(PlanIntervention):
     """Move from the source language's features to the target's; `strength` is λ."""
+
+    plan_kind: ClassVar[str] = LanguagePlan.kind
 
     type: Literal["language"] = "language"
     suppress: float = 0.0

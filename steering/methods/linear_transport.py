@@ -14,9 +14,10 @@ Source: Linear-AcT, arXiv:2410.23054, Sec. 3.   Oracle: the formula, coordinate 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from steering.edit import Mask
+from steering.errors import SpecError
 from steering.methods.planned import PlanIntervention, without_first
 from steering.plan import TransportPlan
 from steering.program import Term
@@ -29,6 +30,8 @@ from steering.types import edit_at
 class LinearTransport(PlanIntervention):
     """Transport activations from one class of texts to the other, coordinate by coordinate."""
 
+    plan_kind: ClassVar[str] = TransportPlan.kind
+
     type: Literal["linear_transport"] = "linear_transport"
     control: bool = False
     """Give each coordinate the map of a random other one: what a claim has to be compared with."""
@@ -38,11 +41,12 @@ class LinearTransport(PlanIntervention):
         plan = bench.plan(self.plan, TransportPlan)
         scale, shift = (plan.control_scale, plan.control_shift) if self.control else (plan.scale, plan.shift)
         masks = {}
-        for layer in self.chosen_layers(plan.layers, bench.depth):
-            row = plan.layers.index(layer)
+        layers = self.chosen_layers(plan.layers, bench.depth)
+        rows = [plan.layers.index(layer) for layer in layers]
+        if not bool((scale[rows] != 1).any() or shift[rows].any()):
+            raise SpecError("plan", expected="a plan whose maps change something in these layers", got=self.plan)
+        for row, layer in zip(rows, layers, strict=True):
             masks[edit_at("mask", plan.site, layer)] = Mask.of(
                 scale[row], shift[row], plan.low[row], plan.high[row], strength=self.strength, cap=self.cap
             )
-        gauges = dict.fromkeys(masks, (0.0, 1.0))
-        scope = without_first(self.apply)
-        return self.planned_term("linear_transport", masks, scope, units="fraction", gauges=gauges)
+        return self.planned_term("linear_transport", masks, without_first(self.apply))

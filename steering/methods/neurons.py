@@ -19,7 +19,7 @@ Of the published code we leave: scaling at position 0 with the rest, and units c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ _MODES = ("zero", "damp", "aura", "mean", "shrink")
 @dataclass(frozen=True, kw_only=True)
 class Neurons(PlanIntervention):
     """Silence, damp, amplify or fix the neurons that a plan has chosen."""
+
+    plan_kind: ClassVar[str] = NeuronsPlan.kind
 
     type: Literal["neurons"] = "neurons"
     mode: Literal["zero", "damp", "aura", "mean", "shrink"] = "aura"
@@ -87,7 +89,7 @@ class Neurons(PlanIntervention):
                 laws[edit_at("mask", plan.site, layer)] = Mask.of(
                     scale_E, shift_E, strength=self.strength, cap=self.cap
                 )
-        return self.planned_term("neurons", laws, without_first(self.apply), units="fraction")
+        return self.planned_term("neurons", laws, without_first(self.apply))
 
     def _picked(self, plan: NeuronsPlan, layers: tuple[int, ...]) -> Tensor:
         """The rows of the plan that are used, in its order. Raises SpecError where there are none, or too few."""

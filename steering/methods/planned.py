@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from steering.edit import Acting
+from steering.edit import Acting, Mask
 from steering.errors import SpecError
 from steering.law import Law
 from steering.methods.base import Applied, checked_layers
@@ -59,12 +59,20 @@ class PlanIntervention(Applied):
     ) -> Term:
         """The compiled term. Raises SpecError when nothing would happen: the request would be served unsteered.
 
-        units, target, gauges, scopes: as of `Term`.
+        units, target, gauges, scopes: as of `Term`. Without gauges, masks report the share that they act on.
         """
         if all(law.is_idle for law in laws.values()):
             raise SpecError("plan", expected=f"a plan on which {type_} has an effect", got=self.plan)
         where = self.apply if scope is None else scope
-        return Term(self.plan, type_, laws, where, units, target, gauges or {}, scopes=scopes)
+        if gauges is None:
+            gauges = shares(laws)
+            units = "fraction" if gauges else units
+        return Term(self.plan, type_, laws, where, units, target, gauges, scopes=scopes)
+
+
+def shares(laws: Mapping[Route, Acting]) -> dict[Route, tuple[float, float]]:
+    """Gauges of the masks among `laws`: which share of its site each acts on."""
+    return {route: (0.0, 1.0) for route, law in laws.items() if isinstance(law, Mask)}
 
 
 def without_first(scope: Scope) -> Scope:

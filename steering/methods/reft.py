@@ -15,8 +15,8 @@ that count the padding; the sum formed in bfloat16. Here a position is edited on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from steering.errors import SpecError
 from steering.methods.planned import PlanIntervention
@@ -31,15 +31,21 @@ from steering.types import at
 class Reft(PlanIntervention):
     """Apply a trained low-rank edit, LoReFT or DiReFT, to blocks' outputs."""
 
+    plan_kind: ClassVar[str] = ReftPlan.kind
+
     type: Literal["reft"] = "reft"
     positions: Literal["trained", "apply"] = "trained"
     """`trained`: the prompt positions of the training, nothing in generation; `apply`: those that `apply` selects."""
+
+    apply: Scope | None = field(  # type: ignore[assignment]
+        default=None, metadata={"description": "Where to act with `positions: apply`; null else."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions not in ("trained", "apply"):
             raise SpecError("positions", expected="trained or apply", got=self.positions)
-        if self.positions == "trained" and self.apply != Scope():
+        if self.positions == "trained" and self.apply is not None:
             raise SpecError("positions", expected="apply, since `apply` is given", got=self.positions)
 
     def compile(self, bench: Bench) -> Term:
@@ -56,7 +62,7 @@ class Reft(PlanIntervention):
     def _scope(self, plan: ReftPlan) -> Scope:
         """Where it acts. Raises SpecError where the plan does not know its positions and the request does not say."""
         if self.positions == "apply":
-            return self.apply
+            return self.apply or Scope()
         if not plan.first + plan.last:
             expected = f"apply, for plan {self.plan!r} does not tell its trained positions"
             raise SpecError("positions", expected=expected, got=self.positions)

@@ -18,7 +18,7 @@ Oracle: encode, edit the activations, decode the difference.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from steering.types import Route, at
 @dataclass(frozen=True, kw_only=True)
 class Sae(PlanIntervention):
     """Clamp, add or ablate features of a sparse autoencoder."""
+
+    plan_kind: ClassVar[str] = SaePlan.kind
 
     type: Literal["sae"] = "sae"
     mode: Literal["clamp", "add", "ablate"] = "clamp"

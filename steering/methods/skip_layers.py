@@ -14,13 +14,14 @@ replaced by zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from steering.edit import Mask
 from steering.errors import SpecError
 from steering.methods.base import Applied, checked_layers
+from steering.methods.planned import shares
 from steering.plan import LayersPlan
 from steering.plan.layers import Module
 from steering.program import Scope, Term
@@ -36,6 +37,8 @@ OUT: dict[Module, Tap] = {"attention": "attn_out", "mlp": "mlp_out"}
 @dataclass(frozen=True, kw_only=True)
 class SkipLayers(Applied):
     """Leave out attentions and MLPs for the whole request."""
+
+    plan_kind: ClassVar[str] = LayersPlan.kind
 
     type: Literal["skip_layers"] = "skip_layers"
     plan: str | None = None
@@ -104,7 +107,8 @@ class SkipLayers(Applied):
             chosen |= self._planned(bench.plan(self.plan, LayersPlan))
         gone = Mask.of(torch.zeros(bench.width), strength=self.strength)
         laws = {edit_at("mask", OUT[module], layer): gone for module, layer in sorted(chosen)}
-        return Term(self.plan or "skip_layers", "skip_layers", laws, ALWAYS)
+        label = self.plan or "skip_layers"
+        return Term(label, "skip_layers", laws, ALWAYS, "fraction", gauges=shares(laws), is_whole=True)
 
     def _planned(self, plan: LayersPlan) -> set[tuple[Module, int]]:
         """What the plan's lists say. Raises SpecError for more modules than they have among `layers`."""

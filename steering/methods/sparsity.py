@@ -18,8 +18,8 @@ Neuron, arXiv:2210.06313.   Oracle: the modules computed by hand on the masked i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from steering.errors import SpecError
 from steering.methods.base import checked_number
@@ -35,6 +35,8 @@ from steering.types import edit_at
 @dataclass(frozen=True, kw_only=True)
 class Sparsity(PlanIntervention):
     """Leave out what counts least at the inputs of linear maps."""
+
+    plan_kind: ClassVar[str] = SparsityPlan.kind
 
     type: Literal["sparsity"] = "sparsity"
     sparsity: float | None = None
@@ -54,6 +56,10 @@ class Sparsity(PlanIntervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.strength not in (0, 1):
+            raise SpecError("strength", expected="0 or 1: a coordinate is left out or it is not", got=self.strength)
+        if self.max_effort is not None:
+            raise SpecError("max_effort", expected="null: under a bound nothing would be left out", got=self.max_effort)
         if self.sparsity is not None:
             checked_number("sparsity", self.sparsity, least=1e-3, most=1.0)
         if self.rule not in (None, "threshold", "top_k"):
@@ -84,7 +90,7 @@ class Sparsity(PlanIntervention):
         shares = [
             float(shares_nS[plan.layers.index(route.write.layer), plan.sites.index(route.write.tap)]) for route in laws
         ]
-        return self.planned_term(
+        term = self.planned_term(
             "sparsity",
             laws,
             without_first(self.apply),
@@ -92,3 +98,4 @@ class Sparsity(PlanIntervention):
             target=sum(shares) / max(len(shares), 1),
             gauges=dict.fromkeys(laws, (0.0, 1.0)),
         )
+        return replace(term, is_whole=True)

@@ -19,8 +19,9 @@ Péché 2005. Not EigenShield (arXiv:2502.14976), whose score is not published. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from steering.errors import SpecError
@@ -36,13 +37,18 @@ from steering.types import at
 class Subspace(PlanIntervention):
     """Remove, keep or filter principal components of a block's input."""
 
+    plan_kind: ClassVar[str] = SubspacePlan.kind
+
     type: Literal["subspace"] = "subspace"
     mode: Literal["remove", "keep", "filter"] = "remove"
     """`remove` the leading components, `keep` only them, or `filter` the spikes that tell the classes apart."""
     components: int | None = None
-    """n. Null means 1 for `remove`, the spikes for `keep`, and for `filter` those that the fit flagged."""
+    """n. Null means 1 for `remove`, the spikes for `keep`, or as few more as the plan can do, and the flagged ones for
+    `filter`."""
     position_0: bool = False
     """Whether `apply.prompt: all` means position 0 too."""
+    control: bool = False
+    """Take as many random directions away instead: what a claim has to be compared with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +64,8 @@ class Subspace(PlanIntervention):
         for layer in self.chosen_layers(plan.layers, bench.depth):
             row = plan.layers.index(layer)
             V_RD = self._removed(plan, row)
+            if self.control and len(V_RD):
+                V_RD = random_basis(V_RD, layer)
             if len(V_RD):
                 laws[at("resid_pre", layer)] = self.law(V_RD, V_RD @ plan.mean[row], V_RD)
         return self.planned_term("subspace", laws, self.apply if self.position_0 else without_first(self.apply))
@@ -66,9 +74,9 @@ class Subspace(PlanIntervention):
         """The eigenvectors (n, D) that go at one block. Raises SpecError for more of them than the plan has."""
         leading, trailing = plan.leading[row], plan.trailing[row]
         if self.mode == "keep":
-            kept = plan.spikes[row] if self.components is None else self.components
-            gone = plan.width - kept
             most = min(len(trailing), MAX_RANK)
+            kept = max(plan.spikes[row], plan.width - most) if self.components is None else self.components
+            gone = plan.width - kept
             if not 0 <= gone <= most:
                 raise SpecError(
                     "components",
@@ -88,3 +96,9 @@ class Subspace(PlanIntervention):
             expected = f"at most {min(len(leading), MAX_RANK)}, which plan {self.plan!r} has"
             raise SpecError("components", expected=expected, got=n)
         return leading[:n]
+
+
+def random_basis(like_RD: Tensor, seed: int) -> Tensor:
+    """As many random orthonormal rows (R, D), the same at every call."""
+    noise_DR = torch.randn(like_RD.shape[::-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(noise_DR).Q.mT.to(like_RD.dtype).contiguous()

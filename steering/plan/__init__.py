@@ -25,7 +25,6 @@ __all__ = [
     "ActAddPlan",
     "AdapterPlan",
     "Autoencoder",
-    "Autoencoder",
     "ChannelsPlan",
     "EigenshiftPlan",
     "Form",

@@ -25,7 +25,6 @@ MAX_RANK = 128
 """Most channels that a plan's law may have on one route. A bank of 64 slots then takes 550 MB a route at width 8192."""
 
 
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan(ABC):
     """What all kinds share. depth L and width D are those of the model that it was made for."""

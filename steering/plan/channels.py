@@ -13,6 +13,8 @@ Reader = Literal["query", "key", "value"]
 """Which input of a later head reads a channel."""
 MAX_CHANNELS = 1024
 """Most channels of a plan."""
+WIDEST = 2**20
+"""Beyond the width of all heads of any block together."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +69,7 @@ class ChannelsPlan(Plan):
             and 0 <= self.above <= n
             and type(self.head_width) is int
             and self.head_width == d
+            and 0 < self.heads * d <= WIDEST
             and all(len(column) == n for column in (*whole, self.control_head, self.control_component))
             and all(type(head) is int and 0 <= head < self.heads for head in heads)
             and all(type(i) is int and 0 <= i < d for i in components)

@@ -50,5 +50,6 @@ class HeadsPlan(Plan):
             and bool(((length_NH == 0) | ((length_NH - 1).abs() <= 1e-3)).all())
             and bool(((self.accuracy >= 0) & (self.accuracy <= 1) & (self.deviation >= 0)).all())
             and all(bool(torch.isfinite(t).all()) for t in (self.positive, self.negative, self.mean))
+            and self.order.shape == self.control.shape == (n * H,)
             and all(sorted(order.tolist()) == list(range(n * H)) for order in (self.order, self.control))
         )

@@ -45,11 +45,12 @@ class LayersPlan(Plan):
         return self.influence.argsort(stable=True).tolist()
 
     def _is_whole(self) -> bool:
+        if self.score.shape != (2, self.depth):  # before anything is made that is as long as the depth it claims
+            return False
         every = list(range(2 * self.depth))
         in_order = self.score.flatten()[list(self.order)] if sorted(self.order) == every else self.score[:, :0]
         return (
-            self.score.shape == (2, self.depth)
-            and self.influence.shape == (self.depth,)
+            self.influence.shape == (self.depth,)
             and all(type(index) is int for index in (*self.order, *self.control))
             and sorted(self.order) == sorted(self.control) == every
             and bool(

@@ -16,6 +16,8 @@ NeuronScore = Literal["auroc", "mean_difference", "sensitivity"]
 """By what units are chosen: see `steering.fit.neurons`."""
 MAX_UNITS = 65_536
 """Most units of a plan."""
+MAX_MASSIVE = 2**20
+"""Most units of a plan that are never touched."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,6 +60,7 @@ class NeuronsPlan(Plan):
             and all(t.shape == (M,) for t in (self.layer, *per_unit, self.control, self.control_negative))
             and self.massive.ndim == 2
             and self.massive.shape[1] == 2
+            and len(self.massive) <= MAX_MASSIVE
             and bool(torch.isfinite(torch.stack([*per_unit, self.control_negative])).all())
             and bool(((self.auroc >= 0) & (self.auroc <= 1) & (self.deviation >= 0)).all())
             and self._are_places(self.layer, self.index)

@@ -89,8 +89,12 @@ def site_module(model: nn.Module, layout: Layout, site: Site) -> nn.Module:
             param="site.tap",
         )
     paths = {
-        **{"attn_in": layout.attention, "attn_out": layout.attention, "attn_act": layout.attn_act},
-        **{"mlp_in": layout.mlp, "mlp_out": layout.mlp, "mlp_act": layout.mlp_act or ""},
+        "attn_in": layout.attention,
+        "attn_out": layout.attention,
+        "attn_act": layout.attn_act,
+        "mlp_in": layout.mlp,
+        "mlp_out": layout.mlp,
+        "mlp_act": layout.mlp_act or "",
         **layout.outputs,
     }
     return block.get_submodule(paths.get(site.tap, ""))

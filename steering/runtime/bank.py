@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import BankFull
+from steering.law import Law
 from steering.program import Program
 from steering.types import Route
 
@@ -149,12 +150,16 @@ class Bank:
 class Knobs:
     """A program's per-request numbers, on the host: setpoint, strength and cap of every route and channel.
 
-    values_P3R: the three in this order; routes: the P of them; terms_NR: which channels each term owns.
+    values_P3R: the three in this order; routes: the P of them; terms_NR: which channels each term owns; spending_R: the
+    channels that have a strength on some route. The others steer no token. plain_P: the laws that nothing bounds or
+    bends.
     """
 
     routes: tuple[Route, ...]
     values_P3R: np.ndarray
     terms_NR: np.ndarray
+    spending_R: np.ndarray
+    plain_P: np.ndarray
     budget: float
 
     @classmethod
@@ -167,4 +172,6 @@ class Knobs:
         terms = np.zeros((len(program.terms), program.rank), dtype=bool)
         for mask, channels in zip(terms, program.channels, strict=True):
             mask[channels] = True
-        return cls(routes, values, terms, program.guard.budget)
+        is_free = program.guard.max_effort is None
+        plain = np.array([is_free and isinstance(law, Law) and law.is_plain for law in program.laws.values()])
+        return cls(routes, values, terms, (values[:, 1] != 0).any(axis=0), plain, program.guard.budget)

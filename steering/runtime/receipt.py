@@ -8,7 +8,7 @@ the chance to move: all but the first, when there are several; `error` is its di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -121,6 +121,11 @@ class _Gauge:
     origin: float
     scale: float
 
+    @property
+    def is_edit(self) -> bool:
+        """Whether it is of an edit, which is met and spent at one site."""
+        return self.route.form != "law"
+
     def in_units(self, projection: float) -> float:
         """A measured projection in the caller's units; NaN where their scale is 0."""
         return (projection - self.origin) / self.scale if self.scale else math.nan
@@ -146,6 +151,8 @@ class Tally:
     _channel_G: np.ndarray = field(init=False)
     _column_G: np.ndarray = field(init=False)
     _routes: tuple[Route, ...] | None = None
+    _last: Steered | None = None
+    _is_whole: bool = False
 
     def __post_init__(self) -> None:
         self.gauges = _gauges(self.program)
@@ -177,6 +184,13 @@ class Tally:
             index = {route: p for p, route in enumerate(reading.routes)}
             self._routes = reading.routes
             self._column_G = np.array([index[gauge.route] for gauge in self.gauges])
+        if steered is not self._last:  # the same object in every step of steady decoding
+            self._last = steered
+            self._is_whole = len(steered.tokens_K) == 1 and bool(steered.active_KR[:, self._channel_G].all())
+        if self._is_whole:
+            self._sum_G += reading.measured_TPR[steered.tokens_K[0], self._column_G, self._channel_G]
+            self._count_G += 1
+            return
         active_KG = steered.active_KR[:, self._channel_G]
         read_KG = reading.measured_TPR[steered.tokens_K[:, None], self._column_G, self._channel_G]
         self._sum_G += np.where(active_KG, read_KG, 0).sum(axis=0)
@@ -205,10 +219,10 @@ class Tally:
     def trace(self, steered: Steered, reading: Reading, token: int) -> tuple[LayerReading, ...]:
         """The readings at one token (a row of the packed batch) of a segment that was added; empty if not steered."""
         found = np.flatnonzero(steered.tokens_K == token)
-        if not len(found) or not self.gauges:
+        if not len(found):
             return ()
         active_R = steered.active_KR[found[0]]
-        return tuple(
+        gauged = [
             LayerReading(
                 gauge.label,
                 gauge.route.read.layer,
@@ -217,12 +231,22 @@ class Tally:
                 sum(
                     float(reading.effort_WT[w, token])
                     for w, site in enumerate(reading.sites)
-                    if site.layer == gauge.route.read.layer
+                    if (site == gauge.route.write if gauge.is_edit else site.layer == gauge.route.read.layer)
                 ),
             )
-            for gauge, p in zip(self.gauges, self._column_G, strict=True)
+            for gauge, p in zip(self.gauges, self._column_G if self.gauges else (), strict=True)
             if active_R[gauge.channel]
-        )
+        ]
+        return (*gauged, *self._efforts(active_R, reading, token))
+
+    def _efforts(self, active_R: np.ndarray, reading: Reading, token: int) -> Iterator[LayerReading]:
+        """What the terms without a gauge spent at one token, site by site."""
+        for term, channels in zip(self.program.terms, self.program.channels, strict=True):
+            if term.gauges or not active_R[channels].any():
+                continue
+            for site in write_sites(tuple(sorted(term.laws))):
+                effort = float(reading.effort_WT[reading.sites.index(site), token])
+                yield LayerReading(term.label, site.layer, math.nan, term.target, effort)
 
     def receipt(self) -> Receipt:
         """The account so far."""
@@ -236,7 +260,7 @@ class Tally:
                 own[0][0].term.units,
                 tuple(g.route.read for g, _ in own),
                 tuple(g.in_units(z) for g, z in own),
-                own[0][0].route.form != "law",
+                own[0][0].is_edit,
             )
         steered = max(self.tokens, 1)
         effort = {
@@ -272,5 +296,5 @@ def _gauges(program: Program) -> list[_Gauge]:
 
 
 def _number(value: float | None) -> float | None:
-    """The number if it is finite, else None."""
-    return value if value is not None and math.isfinite(value) else None
+    """The number if it is finite, to the seven digits that float32 has, else None."""
+    return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None

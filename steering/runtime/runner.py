@@ -11,17 +11,17 @@ route's control. A law that writes elsewhere sees its site as the model goes on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels import feedback_, mask_, sparsify_, turn_
+from kernels import feedback_, mask_, plain_feedback_, sparsify_, turn_
 from steering.plant.plant import Plant
 from steering.runtime.attention import Placement, RowAttention
-from steering.runtime.bank import Bank
+from steering.runtime.bank import Bank, Tensors
 from steering.runtime.gates import GateTensors
 from steering.runtime.scheduler import Batch, Segment
 from steering.runtime.scope import Frame
@@ -87,7 +87,10 @@ class _Launches:
     reads: frozenset[Site]
     blank: frozenset[Site]
     sparse: frozenset[Site]
+    plain_P: tuple[bool, ...]
     gates: GateTensors | None = None
+    rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Probes and gains of the tokens themselves, of the routes that are plain, gathered at their first launch."""
 
 
 class Runner:
@@ -190,6 +193,7 @@ class Runner:
             reads,
             self._shortcuts.blankable(frame.blanks, frame.routes),
             self._shortcuts.sparsifiable(sparse, n_tokens),
+            frame.plain_P,
             GateTensors.of(frame, knobs_TP3R[:, :, 1], self._device) if frame.spots else None,
         )
 
@@ -249,12 +253,24 @@ class Runner:
 
     def _launch(self, work: _Launches, p: int, w: int, y_TE: Tensor, x_TD: Tensor, route: Route) -> None:
         own = self._bank.routes[route]
+        if work.plain_P[p] and y_TE.device.type == "cpu":
+            self._launch_plain(work, p, w, y_TE, x_TD, own)
+            return
         setpoint_TR, strength_TR, cap_TR = work.knobs_TP3R[:, p].unbind(1)
         account = [work.budget_T, work.spent_T, work.measured_TPR[:, p], work.effort_WT[w], work.saturated_T]
         resident = [own[name] for name in RESIDENT[route.form]]
         knobs = [setpoint_TR, strength_TR, cap_TR] if route.form in ("law", "turn") else [strength_TR, cap_TR]
         read = [x_TD] if route.form == "law" else []
         OPERATORS[route.form](y_TE, *read, work.slot_PT[p], *resident, *knobs, *account)
+
+    def _launch_plain(self, work: _Launches, p: int, w: int, y_TE: Tensor, x_TD: Tensor, own: Tensors) -> None:
+        """The same as `feedback_` with fewer operations, each of which costs a small batch on a CPU as much as its work."""
+        if p not in work.rows:
+            slot_T = work.slot_PT[p]
+            work.rows[p] = own["probe"].index_select(0, slot_T), own["gain"].index_select(0, slot_T)
+        knobs_T3R = work.knobs_TP3R[:, p]
+        account = (work.measured_TPR[:, p], work.effort_WT[w])
+        plain_feedback_(y_TE, x_TD, *work.rows[p], knobs_T3R[:, 0], knobs_T3R[:, 1], *account)
 
     def _account_blank(self, work: _Launches, p: int, w: int, route: Route) -> None:
         """What the kernel would have measured of a mask that leaves nothing, had there been something: ρ = 1."""

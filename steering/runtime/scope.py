@@ -56,6 +56,7 @@ class Frame:
     steered           one entry per steered segment
     spots             the gates measured in this step
     blanks            the sites of which every token of the step keeps nothing
+    plain_P           the routes on which every token has a law, whole and without bounds, in steps of decoding alone
     """
 
     routes: tuple[Route, ...]
@@ -65,6 +66,7 @@ class Frame:
     steered: tuple[Steered, ...]
     spots: tuple[Spot, ...] = ()
     blanks: frozenset[Site] = frozenset()
+    plain_P: tuple[bool, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +94,7 @@ class Steering:
                 # Not decided before the last token, nor there for laws that all write before the gate.
                 mask_IR[: -1 if term.is_in_time else None] = False
             prompt[:, channels] = mask_IR
-        steering = cls(program, slot, knobs, prompt)
+        steering = cls(program, slot, knobs, prompt & knobs.spending_R)
         steering._settle()
         return steering
 
@@ -138,7 +140,7 @@ class Steering:
         for n, (term, channels) in enumerate(zip(self.program.terms, self.program.channels, strict=True)):
             if term.gate is None or term.gate.when.on == "token" or self._is_open.get(n, False):
                 acts_R[channels] = [scope.steers_step(step) for scope in term.scopes] or term.scope.steers_step(step)
-        return acts_R
+        return acts_R & self.knobs.spending_R
 
 
 class Resolver:
@@ -198,6 +200,7 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
     slot_PT = np.zeros((len(routes), batch.n_tokens), dtype=np.int32)
     knobs_TP3R = np.zeros((batch.n_tokens, len(routes), 3, rank), dtype=np.float32)
     budget_T = np.full(batch.n_tokens, np.inf, dtype=np.float32)
+    plain_P = np.ones(len(routes), dtype=bool)
     for steering, steered, spots in found:
         tokens, columns = steered.tokens_K, np.array([index[route] for route in steering.knobs.routes])
         rows, own = tokens[:, None], slice(steering.knobs.terms_NR.shape[1])
@@ -207,13 +210,16 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
         # Selected, not multiplied: an infinite strength out of scope is 0, not NaN.
         knobs_TP3R[rows, columns, 1, own] = np.where(steered.active_KR[:, None, :], values_P3R[None, :, 1, :], 0)
         budget_T[tokens] = steering.knobs.budget
+        plain_P[columns] &= steering.knobs.plain_P & steered.active_KR.all() & (not spots)
         for spot in spots:
             is_past_P = np.array([not spot.gate.decides(route) for route in routes])
             held = np.ix_(spot.tokens_K, np.flatnonzero(is_past_P), np.flatnonzero(spot.channels_R))
             knobs_TP3R[:, :, 1][held] = 0
     every = tuple(spot for _, _, spots in found for spot in spots)
     acted = tuple(steered for _, steered, _ in found)
-    return Frame(routes, slot_PT, knobs_TP3R, budget_T, acted, every, frozenset.intersection(*blanks))
+    plain_P &= (slot_PT != 0).all(axis=1) & (batch.n_decode == len(batch.segments))
+    whole = tuple(bool(plain) for plain in plain_P)
+    return Frame(routes, slot_PT, knobs_TP3R, budget_T, acted, every, frozenset.intersection(*blanks), whole)
 
 
 def admitted(steered: Steered, spots: Sequence[Spot], measured: Sequence[np.ndarray]) -> Steered:

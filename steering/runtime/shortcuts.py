@@ -6,7 +6,8 @@ Both replace a module's computation on the engine's own shell, and only in steps
              are then missing from the cache, which only those could read who throw its output away all their lives
     sparse   in decode steps of few tokens on a GPU, the linear maps behind a sparsified site read the columns of their
              weights whose input is not zero. Of B tokens with a share s of zeros each all columns but s^B are read, so
-             this pays for single requests
+             this pays for single requests. The columns are a second copy of the weight, made when a site is first
+             sparse: other trees read the weight at any time, and its layout decides how dense products are rounded
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from kernels import sparse_linear
+from steering.errors import PlantError
 from steering.plant.plant import Plant
 from steering.plant.taps import linears_at, site_module
 from steering.types import Route, Site
@@ -74,19 +76,23 @@ class Shortcuts:
         self._ready.add(("blank", site))
 
     def _make_sparse(self, site: Site) -> bool:
-        """False where a linear map behind the site is stored in a way of its own (Conv1D, quantised)."""
-        linears = linears_at(self._shell, self._plant.layout, site)
-        if any(type(linear) is not nn.Linear for linear in linears):
+        """False where no linear map reads the site, one is stored in a way of its own (Conv1D, quantised), or there is
+        no memory for columns."""
+        if ("sparse", site) in self._ready:
+            return True
+        try:
+            linears = linears_at(self._shell, self._plant.layout, site)
+            if any(type(linear) is not nn.Linear for linear in linears):
+                return False
+            columns = [cast("nn.Linear", linear).weight.detach().t().contiguous().t() for linear in linears]
+        except (PlantError, torch.OutOfMemoryError):
             return False
-        for linear in linears if ("sparse", site) not in self._ready else ():
-            self._read_by_column(cast("nn.Linear", linear), site)
+        for linear, weight in zip(linears, columns, strict=True):
+            self._read_by_column(cast("nn.Linear", linear), weight, site)
         self._ready.add(("sparse", site))
         return True
 
-    def _read_by_column(self, linear: nn.Linear, site: Site) -> None:
-        weight = linear.weight
-        # The same numbers at the same address for every tree over them, a column next to itself instead of a row.
-        weight.data = weight.data.t().contiguous().t()
+    def _read_by_column(self, linear: nn.Linear, weight: torch.Tensor, site: Site) -> None:
         compute = linear.forward
 
         def forward(x_BTD: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,13 @@ from steering.demo import CONCEPTS, MODEL
 from steering.demo.contrast import prompts
 from steering.demo.plans import READY_PLANS
 from steering.errors import SpecError
-from steering.evaluation.catalogue import COLUMNS, Catalogue, RandomBench, run_catalogue, table
+from steering.evaluation.catalogue import COLUMNS, Catalogue, RandomBench, _Asked, _effect, run_catalogue, table
 from steering.evaluation.entries import ENTRIES
 from steering.plan import AdapterPlan, ReftPlan
 from steering.plant.plant import Plant
 from steering.program import Program
 from steering.registry import REGISTRY
-from steering.runtime import Engine, EngineSettings, Request, Sampling
+from steering.runtime import Engine, EngineSettings, Finished, Request, Sampling, Usage
 from steering.store import Shelf, Store
 
 
@@ -79,12 +79,23 @@ def test_a_table_of_few_rows(plant: Plant, shelf: Shelf, engine: Engine) -> None
     assert heard[-1] == 1.0
     assert [row.method for row in rows] == ["none", *["lqr"] * 6, "none", *["skip_layers"] * 6]
     assert [row.is_control for row in rows[1:7]] == [False, True] * 3
-    assert all(row.failed == 0 and row.n == 4 and row.speed > 0 for row in rows)
+    assert all(row.failed == 0 and row.n == 4 and (row.is_control or row.speed > 0) for row in rows)
     base = next(row for row in rows if row.task == "keep")
     assert (base.method, base.effect, base.perplexity_ratio, base.effort) == ("none", 1.0, 1.0, 0.0)
     told = table(rows)
     assert all(len(line) == len(COLUMNS) for line in told)
     assert len(told) == 8
+
+
+def test_what_is_kept_counts_over_the_longer_answer() -> None:
+    (entry,) = (entry for entry in ENTRIES if entry.name == "skip_layers")
+
+    def answered(*tokens: int) -> Finished:
+        return Finished("a", "stop", "", tokens, Usage(1, len(tokens)))
+
+    asked = _Asked([None] * 3, [(1,)] * 3, [answered(1, 2, 3, 4)] * 2 + [answered()], 1.0, None)  # type: ignore[arg-type]
+    effect, _ = _effect(entry, asked, [answered(1), answered(1, 2, 9, 4, 5), answered(7)])
+    assert effect == pytest.approx((1 / 4 + 3 / 5 + 0) / 3)
 
 
 def test_what_cannot_be_run_is_refused_by_name() -> None:

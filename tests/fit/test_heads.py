@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from steering.errors import ControlError, SpecError
 from steering.fit.concept import held_out
-from steering.fit.heads import HeadsSettings, Probes, _probes, fit_heads, logistic
+from steering.fit.heads import HeadsSettings, Probes, _probes, _quality, _ranked, _unseen, fit_heads, logistic
 from steering.plan import HeadsPlan
 from steering.plant.capture import capture_means
 from steering.plant.plant import Plant
@@ -117,6 +117,20 @@ def test_a_planted_direction_is_found_whatever_the_scale(probe: Any) -> None:
 def test_a_projection_at_the_threshold_is_half_right() -> None:
     probes = Probes(torch.ones(1, 1), torch.zeros(1))
     assert float(probes.right(torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, 2.0]]))) == 0.625
+
+
+def test_heads_that_know_nothing_are_not_made_good_by_their_choice() -> None:
+    """Of five hundred heads of noise the best look right on the few examples that rank them, and only there."""
+    probes = Probes(torch.ones(500, 1), torch.zeros(500))
+    plus, minus = noise(500, 4, seed=1), noise(500, 4, seed=2)
+    right = probes.right(plus, minus)
+    unseen = _unseen(probes, plus, minus, 48)
+    assert float(right[_ranked(right, right)][:48].mean()) > 0.8
+    assert unseen == pytest.approx(0.5, abs=0.1)
+    quality = _quality(right.sort().values[-48:], right[:48], right, True, unseen)
+    assert "hardly tell" in str(quality["warning"])
+    assert _unseen(probes, plus + 9, minus - 9, 48) == 1.0
+    assert _unseen(probes, plus[:, :1], minus, 48) is None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])

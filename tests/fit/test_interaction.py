@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from steering.errors import SpecError
-from steering.fit.interaction import FINAL, InteractionSettings, fit_interaction, interaction_basis, interactions
+from steering.fit.interaction import (
+    FINAL,
+    InteractionSettings,
+    _doubted,
+    fit_interaction,
+    interaction_basis,
+    interactions,
+)
 from steering.fit.trial import Row
 from steering.plan import InteractionPlan
 from steering.plant.capture import capture
@@ -172,6 +179,27 @@ def test_few_tokens_are_told(plant: Plant) -> None:
     assert plan.quality["measured_on"] == "fitted"
 
 
+def test_figures_of_the_fitted_texts_are_told() -> None:
+    figures = {"tokens": [99], "perplexity_ratio": {"interaction": 1.0, "pca": 2.0}}
+    assert "that were fitted" in _doubted({**figures, "measured_on": "fitted"}, 8)["warning"]
+    assert "warning" not in _doubted({**figures, "measured_on": "held-out"}, 8)
+
+
+def test_an_exact_sum_stops_between_two_products(plant: Plant) -> None:
+    """One of a text has thousands, seconds apart on the embedded model: whoever cancels does not wait for its end."""
+    pauses: list[int] = []
+    where = Site("resid_pre", 1), (Site("resid_pre", 2), noise(WIDTH, 4, seed=7))
+    interactions(plant, ROWS[:1], *where, 0, torch.Generator(), None, lambda: pauses.append(1))
+    assert len(pauses) == 4 * (len(ROWS[0].ids) - ROWS[0].start)
+
+
+def test_an_exact_sum_that_would_take_hours_is_refused(plant: Plant) -> None:
+    InteractionSettings(sources=0, jacobian_tokens=4096).for_model(plant)
+    with pytest.raises(SpecError, match="a product for each token") as caught:
+        InteractionSettings(sources=0, jacobian_tokens=4097).for_model(plant)
+    assert caught.value.param == "jacobian_tokens"
+
+
 def test_the_same_seed_gives_the_same_plan(plant: Plant, fitted: InteractionPlan) -> None:
     stages: list[tuple[str, float]] = []
     again = fit_interaction(plant, "local", TEXTS, (), SETTINGS, lambda s, f: stages.append((s, f)))
@@ -188,6 +216,7 @@ def test_the_same_seed_gives_the_same_plan(plant: Plant, fitted: InteractionPlan
         ({"sources": -1}, "sources"),
         ({"tokens": 2}, "tokens"),
         ({"longest": True}, "longest"),
+        ({"leading": 2.5}, "leading"),
         ({"threshold": 0.0}, "threshold"),
         ({"layers": ()}, "layers"),
         ({"layers": (3,)}, "layers"),

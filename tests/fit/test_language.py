@@ -161,6 +161,22 @@ def test_a_fit_is_whole_and_carries_every_stage_s_figures(plant: Plant) -> None:
     assert q["autoencoders"]["layers"] == [0, 1, 2]
 
 
+def test_the_plan_is_tried_on_prompts_that_chose_no_feature(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the prompts on which features were chosen for what they do, they would beat random ones by chance."""
+    seen: list[list[list[int]]] = []
+
+    def noted(rows: Any, count: int) -> list[list[int]]:
+        seen.append([ids for ids, _ in rows])
+        return prompts_of(rows, count)
+
+    monkeypatch.setattr("steering.fit.language.prompts_of", noted)
+    fit_language(plant, "t", POSITIVE, NEGATIVE, SETTINGS)
+    chosen_on, tried_on = seen
+    ids = [plant.encode(text) for text in NEGATIVE]
+    assert tried_on == ids[::5]
+    assert chosen_on == [row for n, row in enumerate(ids) if n % 5]
+
+
 def test_the_same_fit_twice_is_the_same_plan(plant: Plant, fitted: LanguagePlan) -> None:
     again = fit_language(plant, "tongue", POSITIVE, NEGATIVE, SETTINGS)
     assert again.artifact().fingerprint == fitted.artifact().fingerprint

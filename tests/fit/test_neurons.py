@@ -182,6 +182,13 @@ def test_sensitivity_reads_the_block_before_the_last(plant: Plant, source: str) 
         np.testing.assert_allclose(plan.score.numpy(), np.sort(V)[::-1][: len(plan.score)], rtol=1e-4)
 
 
+def test_units_that_vary_no_more_than_random_ones_are_told(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {"method": "sensitivity", "source": "positions", "top": None}
+    assert "warning" not in fit(plant, **told).quality
+    monkeypatch.setattr(neurons, "_control", lambda units, chosen, generator: chosen)
+    assert "vary no more" in fit(plant, **told).quality["warning"]
+
+
 # Refusals
 
 
@@ -197,6 +204,7 @@ def test_sensitivity_reads_the_block_before_the_last(plant: Plant, source: str) 
         ({"samples": 1}, "samples"),
         ({"tokens": None}, "tokens"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"positions": "first"}, "positions"),
     ],
@@ -217,6 +225,15 @@ def test_what_the_model_does_not_have_is_refused_by_name(plant: Plant) -> None:
     with pytest.raises(SpecError, match="at least two positions") as caught:
         fit(plant, method="sensitivity", source="positions", positions="last")
     assert caught.value.param == "positive[0]"
+
+
+def test_answers_that_would_take_hours_are_refused(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neurons, "MAX_STEPS", 4 * len(POSITIVE))
+    fit(plant, method="sensitivity", samples=2, tokens=4)
+    with pytest.raises(SpecError, match="at most 4 for 12 prompts") as caught:
+        fit(plant, method="sensitivity", samples=2, tokens=5)
+    assert caught.value.param == "tokens"
+    fit(plant, method="sensitivity", source="positions", tokens=5)
 
 
 def test_equal_classes_are_refused(plant: Plant) -> None:

@@ -9,7 +9,7 @@ import pytest
 from steering.errors import SpecError
 from steering.fit import FitSettings
 from steering.fit.eigenshift import EigenshiftSettings
-from steering.fit.plans import FITS, fit_plan, plan_warning, settings_of
+from steering.fit.plans import checked_rows, fit_plan, plan_warning, settings_of
 from steering.fit.subspace import SubspaceSettings
 from steering.plan import PLANS
 from steering.plant.plant import Plant
@@ -33,11 +33,33 @@ def test_settings_are_of_their_kind() -> None:
         ("subspace", {"layers": (99,)}, "layers"),
         ("concept", {"layers": (99,)}, "layers"),
         ("eigenshift", {"components": 0}, "components"),
+        ("eigenshift", {"seed": 2**63}, "seed"),
+        ("neurons", {"seed": -(2**63) - 1}, "seed"),
     ],
 )
 def test_what_a_kind_does_not_have_is_refused_by_name(kind: str, given: dict[str, Any], param: str) -> None:
     with pytest.raises(SpecError) as caught:
         settings_of(kind, given, Plant(tiny("llama")))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("kind", "positive", "negative", "param"),
+    [
+        ("act_add", ["love", "joy"], ["hate"], "positive"),
+        ("act_add", ["love"], ["hate", "woe"], "negative"),
+        ("language", ["uno", "dos"], ["one", "two", "three"], "negative"),
+        ("sparsity", ["one two", "three four"], ["five"], "negative"),
+        ("channels", ["one"], [], "positive"),
+        ("heads", ["one", "two"], [], "negative"),
+    ],
+)
+def test_classes_of_a_wrong_size_are_refused_before_the_fit(
+    kind: str, positive: list[str], negative: list[str], param: str
+) -> None:
+    plant = Plant(tiny("llama"), tiny_tokenizer())
+    with pytest.raises(SpecError) as caught:
+        checked_rows(plant, kind, settings_of(kind, {}), positive, negative)
     assert caught.value.param == param
 
 

@@ -13,8 +13,9 @@ from steering.artifact import Artifact
 from steering.demo import MODEL
 from steering.demo.contrast import contrast
 from steering.errors import SpecError
+from steering.fit.autoencoder import CHUNK
 from steering.fit.plans import settings_of
-from steering.fit.sae import SaeSettings, fit_sae
+from steering.fit.sae import SaeSettings, States, Trained, fit_sae, quality_of, trained
 from steering.methods import Sae
 from steering.plan import SaePlan
 from steering.plant.capture import capture
@@ -128,6 +129,56 @@ def test_what_the_model_or_the_kind_does_not_have_is_refused(plant: Plant, given
     with pytest.raises(SpecError) as caught:
         settings_of("sae", given, plant)
     assert caught.value.param == param
+
+
+def test_a_class_without_an_ordinary_token_is_refused(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position 0 alone, and massive as in most models: its mean would be 0/0, and the plan one that no store reads."""
+    monkeypatch.setattr("steering.fit.sae.are_massive", lambda x: torch.full(x.shape, len(x) == 1))
+    with pytest.raises(SpecError, match="beside position 0") as caught:
+        fit_sae(plant, "d", POSITIVE, ["cat", "dog"], SETTINGS)
+    assert caught.value.param == "negative"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"), [({"tokens": 2**18}, "tokens"), ({"batch": 8192, "features": 2**15}, "batch")]
+)
+def test_a_training_that_does_not_fit_in_memory_is_refused(changes: dict[str, Any], param: str) -> None:
+    class Wide:
+        depth, width = 4, 8192
+
+    with pytest.raises(SpecError) as caught:
+        SaeSettings(**changes).for_model(Wide())  # type: ignore[arg-type]
+    assert caught.value.param == param
+
+
+def test_measuring_pauses_as_training_does(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens take seconds to measure too, and whoever cancels does not wait for them."""
+    x = torch.randn(4 * CHUNK, WIDTH, generator=torch.Generator().manual_seed(0))
+    example = torch.arange(len(x)) // CHUNK
+    states = {side: States(x, example, torch.tensor([True, False, False, False])) for side in ("positive", "negative")}
+    pauses: list[int] = []
+    trained(plant, states, replace(SETTINGS, steps=1), lambda: pauses.append(1), None)
+    # Each class and both of them, then both twice and the held-out chunks twice, then all by example.
+    assert len(pauses) == 1 + (3 + 3 + 6) + (2 * 6 + 2 * 2) + 2 * 4
+
+
+def told(**changes: float) -> Trained:
+    """Figures that leave no doubt, but for `changes`."""
+    good = {"explained": 0.9, "explained_held_out": 0.8, "active": 9.0, "dead": 0.0, "auroc": 0.9, "selectivity": 0.5}
+    good |= {"random_explained_held_out": 0.4, "random_auroc": 0.6, "held_out_tokens": 50.0}
+    nothing: Any = None
+    return Trained(nothing, nothing, nothing, nothing, good | changes)
+
+
+def test_doubts_are_told() -> None:
+    assert "warning" not in quality_of([told()])
+    for changes, said in (
+        ({"explained_held_out": 0.3}, "random dictionary"),
+        ({"dead": 0.95}, "never fire"),
+        ({"auroc": 0.6}, "no better than random ones"),
+        ({"held_out_tokens": 0.0}, "that were fitted"),
+    ):
+        assert said in quality_of([told(**changes)])["warning"]
 
 
 def test_a_plan_that_no_file_may_hold_is_refused_before_anything_runs() -> None:

@@ -270,6 +270,7 @@ def test_it_is_in_the_table_of_fits(plant: Plant) -> None:
         ({"allocation": "cett"}, "allocation"),
         ({"allocation": "cett", "sites": ("mlp_act",), "score": "magnitude"}, "allocation"),
         ({"step": 0.0}, "step"),
+        ({"step": 0.001}, "step"),
         ({"perplexity_increase": 0.0}, "perplexity_increase"),
         ({"rank": -1}, "rank"),
         ({"rank": 33}, "rank"),
@@ -284,6 +285,15 @@ def test_impossible_settings_are_refused_by_name(plant: Plant, given: dict[str, 
     with pytest.raises(SpecError) as caught:
         settings_of("sparsity", given, plant)
     assert caught.value.param == param
+
+
+def test_activations_that_do_not_fit_in_memory_are_refused(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = sum(plant.width_of(Site(tap, 0)) for tap in SPARSE_TAPS)
+    monkeypatch.setattr("steering.fit.sparsity.MAX_NUMBERS", 100 * width)
+    settings_of("sparsity", {"tokens": 100}, plant)
+    with pytest.raises(SpecError, match="at most 100 at these sites") as caught:
+        settings_of("sparsity", {"tokens": 101}, plant)
+    assert caught.value.param == "tokens"
 
 
 def test_impossible_examples_are_refused_by_name(plant: Plant) -> None:

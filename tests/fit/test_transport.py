@@ -138,6 +138,14 @@ def test_the_control_moves_as_much_in_deviations_of_its_own() -> None:
     torch.testing.assert_close(whole.shift_D, fitted.shift_D, rtol=1e-9, atol=1e-9)
 
 
+def test_a_coordinate_that_varies_by_rounding_lends_its_map_to_no_other() -> None:
+    """In its own deviations its shift is millions: the control would be a wreck, and any plan look good beside it."""
+    x, y = samples(40, 12, width=2), samples(40, 13, width=2)
+    x[:, 0], y[:, 0] = 5 + 1e-9 * x[:, 0], 6 + 1e-9 * y[:, 0]
+    control = permuted(transport(x, y, replace(SETTINGS, support="all")), x, torch.tensor([1, 0]))
+    assert float((control(x) - x)[:, 1].abs().max()) < 1e-6
+
+
 # Settings
 
 

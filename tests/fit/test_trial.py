@@ -70,6 +70,15 @@ def test_a_block_runs_again_from_its_inputs(plant: Plant) -> None:
     torch.testing.assert_close(without_mlp, x + a, **CORE["float32"])
 
 
+def test_the_fullest_batch_is_not_that_of_the_shortest_texts(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steering.fit.trial.BATCH_TOKENS", 12)
+    texts = [Row([5] * length, 1) for length in (3, 20, 3, 3)]
+    trial = Trial(plant, texts, [], [1] * 4)
+    assert (trial.batches, trial.fullest) == (2, 1)
+    trial.note_blocks(trial.fullest)
+    assert len(trial.block_input(0)) == 19
+
+
 def test_of_a_chat_the_answer_is_read(plant: Plant) -> None:
     _, texts = calibration(plant, [CHAT, TEXTS[0], CHAT[:1]], tokens=500, longest=100)
     chat, text, asked = texts.fitted
@@ -109,4 +118,4 @@ def test_a_text_that_predicts_nothing_is_named(plant: Plant) -> None:
 
 def test_a_ratio_is_a_number_that_json_carries() -> None:
     assert ratio(1.0, 0.5) == pytest.approx(math.exp(0.5))
-    assert math.isfinite(ratio(1e6, 0.0))
+    assert ratio(math.nan, 0.0) == ratio(math.inf, 0.0) == ratio(1e6, 0.0) == pytest.approx(math.exp(80))

@@ -102,10 +102,11 @@ def test_one_direction_for_all_layers_as_published() -> None:
 
 def test_it_reports_the_angle_that_it_met() -> None:
     term = Angular(concept="tone", layers=(1, 3), angle=270).compile(TOY)
-    assert dict(term.gauges) == {edit_at("turn", "resid_pre", layer): (0.0, 1.0) for layer in (1, 3)}
-    assert term.units == "radians"
-    assert term.target == pytest.approx(-math.pi / 2)
-    assert Angular(concept="tone", angle=180).compile(TOY).target == pytest.approx(math.pi)
+    (origin, scale), other = term.gauges.values()
+    assert set(term.gauges) == {edit_at("turn", "resid_pre", layer) for layer in (1, 3)}
+    assert (origin, scale) == other
+    assert (math.pi - origin) / scale == pytest.approx(180)
+    assert (term.units, term.target) == ("degrees", None)
 
 
 def test_layers_without_a_direction_are_left_out() -> None:

@@ -57,7 +57,11 @@ OF_PLAN = {
     "language": "castellano",
 }
 """The plan of each method that acts on one."""
-BESIDE: dict[str, dict[str, Any]] = {"heads": {"mode": "clamp"}, "act_add": {"layer": 2}, "skip_layers": {"attention": 2}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "heads": {"mode": "clamp"},
+    "act_add": {"layer": 2},
+    "skip_layers": {"attention": 2},
+}
 """What else some need."""
 
 
@@ -82,10 +86,12 @@ on_concept = pytest.mark.parametrize(
     "cls", [cls for cls in REGISTRY.values() if cls.type not in OF_PLAN], ids=[n for n in REGISTRY if n not in OF_PLAN]
 )
 on_plan = pytest.mark.parametrize("cls", [REGISTRY[name] for name in OF_PLAN], ids=OF_PLAN)
-CONSTANT = ("skip_layers",)
-"""Methods that act on a whole request or not at all: without a part, a bound, a scope or a condition."""
+CONSTANT = ("skip_layers", "sparsity")
+"""Methods that do all of what they do or nothing: without a part or a bound."""
 in_part = pytest.mark.parametrize(
-    "cls", [cls for cls in REGISTRY.values() if cls.type not in CONSTANT], ids=[n for n in REGISTRY if n not in CONSTANT]
+    "cls",
+    [cls for cls in REGISTRY.values() if cls.type not in CONSTANT],
+    ids=[n for n in REGISTRY if n not in CONSTANT],
 )
 
 
@@ -177,8 +183,9 @@ def test_json_round_trip(cls: type) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(cls)
     scope = Scope(prompt=Positions((0, -2)), generation=Window((1, 4)))
     layers = None if cls.type in ("eigenshift", "act_add") else (1, 2)  # type: ignore[attr-defined]
-    scope = Scope() if cls.type == "act_add" else scope  # type: ignore[attr-defined]
-    whole = make(cls, strength=0.5, layers=layers, apply=scope, max_effort=0.25)
+    scope = None if cls.type == "act_add" else scope  # type: ignore[assignment, attr-defined]
+    own = {"positions": "apply"} if cls.type == "reft" else {}  # type: ignore[attr-defined]
+    whole = make(cls, strength=0.5, layers=layers, apply=scope, max_effort=0.25, **own)
     for spec in (make(cls), whole):
         assert adapter.validate_json(adapter.dump_json(spec)) == spec
     assert adapter.validate_python({**minimal(cls), "type": cls.type})  # type: ignore[attr-defined]
@@ -233,7 +240,21 @@ def test_a_name_is_registered_once() -> None:
 # Refusals
 
 
-NUMBERS = ("strength", "setpoint", "angle", "kp", "ki", "kd", "alpha", "shift", "weights", "scale", "value", "suppress", "sparsity")
+NUMBERS = (
+    "strength",
+    "setpoint",
+    "angle",
+    "kp",
+    "ki",
+    "kd",
+    "alpha",
+    "shift",
+    "weights",
+    "scale",
+    "value",
+    "suppress",
+    "sparsity",
+)
 
 
 @every
@@ -342,7 +363,13 @@ def test_impossible_layers_of_a_plan_are_refused_by_name(cls: type, layers: tupl
 
 @on_plan
 def test_a_plan_s_method_may_be_conditioned(cls: type) -> None:
-    for on in ("prompt", "token") if cls.type not in CONSTANT else ():  # type: ignore[attr-defined]
+    early = cls.type in ("act_add", "reft")  # type: ignore[attr-defined]
+    for on in ("prompt", "token") if cls.type != "skip_layers" else ():  # type: ignore[attr-defined]
+        if on == "prompt" and early:  # they act where nothing was measured yet
+            with pytest.raises(SpecError) as caught:
+                compile_program([make(cls, when=When(concept="tone", layer=1, above=0.0))], BENCH)
+            assert caught.value.param == "interventions[0].when.on"
+            continue
         when = When(concept="tone", layer=1, above=0.0, on=on)  # type: ignore[arg-type]
         (term,) = compile_program([make(cls, when=when)], BENCH).terms
         assert term.gate is not None

@@ -102,6 +102,9 @@ def test_a_mask_leaves_massive_coordinates_and_a_block_is_left_out_whole() -> No
     term = guarded(Term("x", "neurons", {route: some}, scope), WILD)
     assert not moved(term.laws[route])[:, [2, 4]].any()
     assert torch.equal(moved(term.laws[route])[:, [0, 1, 3, 5]], moved(some)[:, [0, 1, 3, 5]])
+    massive = torch.tensor([1, 1, 0.5, 1, 0, 1], dtype=torch.float64)
+    with pytest.raises(SpecError, match="more than change massive activations"):
+        guarded(Term("x", "neurons", {route: Mask.of(massive)}, scope), WILD)
     skipped = Term("x", "skip_layers", {route: none}, scope)
     assert guarded(skipped, WILD) is skipped
 

@@ -11,6 +11,7 @@ import torch
 from steering.errors import SpecError
 from steering.law import Law
 from steering.methods import Heads, compile_program
+from steering.methods.heads import usual
 from steering.program import Scope
 from steering.types import at, edit_at
 from tests.plans import WIDTH, heads, noise, stored
@@ -47,7 +48,7 @@ def same(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("alpha", [None, 2.0, -0.5])
-@pytest.mark.parametrize("count", [1, 3, None])
+@pytest.mark.parametrize("count", [1, 3, 4])
 def test_a_shift_is_a_bias_of_deviations(alpha: float | None, count: int | None) -> None:
     a = 15.0 if alpha is None else alpha
     expected = by_hand(BEST[:count], lambda r, h, x: x + a * PLAN.deviation[r, h] * PLAN.direction[r, h])
@@ -64,7 +65,7 @@ def test_a_shift_is_a_bias_of_deviations(alpha: float | None, count: int | None)
 
 @pytest.mark.parametrize("setpoint", [0.0, 1.0, -0.5])
 def test_a_clamp_holds_the_projection(setpoint: float) -> None:
-    found = steered(mode="clamp", setpoint=setpoint)
+    found = steered(mode="clamp", setpoint=setpoint, heads=4)
     for row, head in BEST:
         z = found[PLAN.layers[row]][:, head] @ PLAN.direction[row, head]
         low, high = PLAN.negative[row, head], PLAN.positive[row, head]
@@ -72,7 +73,7 @@ def test_a_clamp_holds_the_projection(setpoint: float) -> None:
     aside = found[1] - X.reshape(-1, 2, 3)
     along = (aside * PLAN.direction[0]).sum(-1, keepdim=True) * PLAN.direction[0]
     torch.testing.assert_close(aside, along, **CORE["law"])  # nothing beside the direction moves
-    again = Heads(plan="truth", mode="clamp", setpoint=setpoint).compile(BENCH).laws[at("attn_act", 1)]
+    again = Heads(plan="truth", mode="clamp", setpoint=setpoint, heads=4).compile(BENCH).laws[at("attn_act", 1)]
     torch.testing.assert_close(again(found[1].flatten(1), found[1].flatten(1)), found[1].flatten(1), **CORE["law"])
 
 
@@ -95,6 +96,17 @@ def test_layers_restrict_the_ranking() -> None:
     same(steered(mode="zero", heads=1, layers=(1,)), by_hand([(0, 1)], lambda _r, _h, x: 0 * x))
 
 
+def test_the_usual_number_is_the_published_share() -> None:
+    assert [usual(n) for n in (1, 4, 48, 1024, 4096)] == [1, 1, 2, 48, 48]
+    same(steered(mode="zero"), by_hand(BEST[:1], lambda _r, _h, x: 0 * x))
+
+
+def test_a_control_of_all_heads_would_be_the_choice_itself() -> None:
+    with pytest.raises(SpecError) as caught:
+        steered(mode="zero", heads=4, control=True)
+    assert caught.value.param == "control"
+
+
 def test_the_control_is_as_many_random_heads_and_others_where_there_are() -> None:
     same(steered(mode="zero", heads=1, control=True), by_hand([(1, 0)], lambda _r, _h, x: 0 * x))
     same(steered(mode="zero", heads=2, control=True), by_hand([(1, 0), (0, 0)], lambda _r, _h, x: 0 * x))
@@ -102,16 +114,16 @@ def test_the_control_is_as_many_random_heads_and_others_where_there_are() -> Non
 
 
 def test_heads_of_one_block_are_one_law_or_one_mask() -> None:
-    shift = Heads(plan="truth", alpha=1.0).compile(BENCH)
+    shift = Heads(plan="truth", alpha=1.0, heads=4).compile(BENCH)
     assert set(shift.laws) == {at("attn_act", 1), at("attn_act", 3)}
     assert (shift.rank, shift.target, shift.gauges) == (2, None, {})
-    zero = Heads(plan="truth", mode="zero").compile(BENCH)
+    zero = Heads(plan="truth", mode="zero", heads=4).compile(BENCH)
     assert set(zero.laws) == {edit_at("mask", "attn_act", 1), edit_at("mask", "attn_act", 3)}
     assert zero.rank == 1
 
 
 def test_a_clamp_reports_its_first_head_between_the_class_means() -> None:
-    term = Heads(plan="truth", mode="clamp", setpoint=0.5, apply=Scope("all", "none")).compile(BENCH)
+    term = Heads(plan="truth", mode="clamp", setpoint=0.5, heads=4, apply=Scope("all", "none")).compile(BENCH)
     low, high = float(PLAN.negative[1, 1]), float(PLAN.positive[1, 1])
     assert term.gauges[at("attn_act", 3)] == pytest.approx((low, high - low))
     law = term.laws[at("attn_act", 3)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steering.edit import Mask
+from steering.errors import SpecError
 from steering.methods import LinearTransport
 from steering.program import Scope, Window
 from steering.types import edit_at
@@ -65,3 +66,14 @@ def test_the_effort_is_bounded() -> None:
     torch.testing.assert_close(
         mask(X, X), X + u * (0.05 * X.norm(dim=-1) / u.norm(dim=-1)).clamp_max(1)[:, None], **CORE["law"]
     )
+
+
+def test_maps_that_change_nothing_are_refused() -> None:
+    """The classes were alike: the request would be served unsteered."""
+    scale, shift = PLAN.scale.clone(), PLAN.shift.clone()
+    scale[0], shift[0] = 1, 0
+    bench = replace(BENCH, plans={"moved": replace(PLAN, scale=scale, shift=shift)})
+    assert len(LinearTransport(plan="moved").compile(bench).laws) == 2
+    with pytest.raises(SpecError, match="maps change something") as caught:
+        LinearTransport(plan="moved", layers=(1,)).compile(bench)
+    assert caught.value.param == "plan"

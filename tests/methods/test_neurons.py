@@ -124,7 +124,8 @@ def test_silent_units_are_columns_of_the_weight_gone(family: str) -> None:
 def test_position_0_is_left_out_of_the_whole_prompt_only() -> None:
     term = Neurons(plan="experts", apply=Scope("all", "all")).compile(BENCH)
     assert term.scope.prompt_mask(4).tolist() == [False, True, True, True]
-    assert (term.units, term.label, term.gauges) == ("fraction", "experts", {})
+    assert (term.units, term.label) == ("fraction", "experts")
+    assert dict(term.gauges) == dict.fromkeys(term.laws, (0.0, 1.0))
     whole = Scope(Window((0, 2)), "none")
     assert Neurons(plan="experts", apply=whole).compile(BENCH).scope == whole
 

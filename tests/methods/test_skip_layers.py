@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from steering.condition import When
 from steering.errors import SpecError
+from steering.methods import compile_program
 from steering.methods.skip_layers import SkipLayers
 from steering.plant.layouts import blocks_of
 from steering.plant.plant import Plant
@@ -47,6 +48,14 @@ def sites(**fields: Any) -> set[str]:
 )
 def test_the_first_of_the_plan_s_lists_go(fields: dict[str, Any], expected: set[str]) -> None:
     assert sites(plan="drops", **fields) == expected
+
+
+def test_a_receipt_names_the_modules_and_no_bound_leaves_a_part() -> None:
+    term = SkipLayers(plan="drops", attention=1, mlp=1).compile(BENCH)
+    assert {str(route.read) for route in term.gauges} == {"attn_out.2", "mlp_out.3"}
+    with pytest.raises(SpecError) as caught:
+        compile_program([SkipLayers(plan="drops", attention=1)], BENCH, Guard(max_effort=1.0))
+    assert caught.value.param == "guard.max_effort"
 
 
 def test_without_a_plan_modules_are_named() -> None:

@@ -11,9 +11,10 @@ import torch
 
 from steering.edit import Mask, Sparse
 from steering.errors import SpecError
+from steering.methods import compile_program
 from steering.methods.sparsity import Sparsity
 from steering.plan import SparsityPlan
-from steering.program import Positions, Program, Scope, Window
+from steering.program import Guard, Positions, Program, Scope, Window
 from steering.types import Route, edit_at
 from tests import plans
 from tests.plans import noise
@@ -107,12 +108,15 @@ def test_prompts_stay_dense_unless_asked_for() -> None:
     assert Sparsity(plan="light", apply=own).compile(BENCH).scope == own
 
 
-def test_strength_and_bound() -> None:
-    x = noise(5, 6, seed=4)
-    whole, half = laws()[MLP], laws(strength=0.5)[MLP]
-    torch.testing.assert_close(half(x, x) - x, (whole(x, x) - x) / 2, **CORE["law"])
-    bounded = laws(max_effort=0.1)[MLP]
-    assert float(((bounded(x, x) - x).norm(dim=-1) / x.norm(dim=-1)).max()) <= 0.1 * (1 + CORE["bound"])
+@pytest.mark.parametrize(("field", "value"), [("strength", 0.5), ("max_effort", 0.1)])
+def test_a_part_of_it_is_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(SpecError) as caught:
+        Sparsity(plan="rest", **{field: value})
+    assert caught.value.param == field
+    with pytest.raises(SpecError) as caught:
+        compile_program([Sparsity(plan="stored")], BENCH, Guard(max_effort=1.0))
+    assert caught.value.param == "guard.max_effort"
+    assert compile_program([Sparsity(plan="stored", strength=0.0)], BENCH, Guard(max_effort=1.0)).acts is False
 
 
 def test_a_stored_plan_compiles_to_a_program() -> None:

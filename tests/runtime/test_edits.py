@@ -121,9 +121,15 @@ def test_strength_zero_is_the_unsteered_model_bit_for_bit(make: Callable[[int, i
     one = make(WIDTH, 1)
     off = program({edit_at(one.form, "resid_post", 1): 0.0 * one, across(0): 0.0 * law(1)})
     assert not off.acts
-    half = Program((*off.terms, *program({edit_at(one.form, "resid_post", 2): 0.0 * one}).terms))
-    (plain,), (steered,) = (run(engine(), requests([(PROMPTS[0], p)])) for p in (Program(), half))
-    assert plain.tokens == steered.tokens
+    late = across_program(2, layers=(2,), scope=Scope("last", "all"))
+    with_it = Program((*off.terms, *late.terms))  # acts, so that the kernels meet the strength of 0
+    for programs in ((Program(), off), (late, with_it)):
+        (plain,), (steered,) = (run(engine(), requests([(PROMPTS[0], p)])) for p in programs)
+        assert plain.tokens == steered.tokens
+        assert [one.logprob for one in plain.logprobs or ()] == [one.logprob for one in steered.logprobs or ()]
+    assert plain.receipt is not None
+    assert steered.receipt is not None
+    assert plain.receipt.tokens_steered == steered.receipt.tokens_steered == 8
 
 
 def test_a_condition_rules_edits_as_it_rules_laws() -> None:
@@ -233,6 +239,23 @@ def test_linear_maps_behind_a_sparse_site_read_columns_and_say_the_same(
         assert max(read) < 0.4
 
 
+def test_columns_are_the_engine_s_own_and_only_where_a_linear_map_reads() -> None:
+    plant = Plant(tiny("llama"))
+    width = plant.width_of(Site("mlp_act", 1))
+    laws: dict[Route, Acting] = {
+        edit_at("sparse", "mlp_act", 1): sparse(width, 3, count=width // 3),
+        edit_at("sparse", "resid_post", 1): sparse(WIDTH, 4, count=WIDTH // 2),
+    }
+    weight = plant.model.get_submodule("model.layers.1.mlp.down_proj").weight
+    before = (weight.data_ptr(), weight.stride())
+    watched = engine(plant)
+    watched._runner._shortcuts.few = 2
+    pairs = [(PROMPTS[0], program(laws))]
+    assert_naive(plant.model, run(watched, requests(pairs)), pairs)
+    assert ("sparse", Site("mlp_act", 1)) in watched._runner._shortcuts._ready
+    assert (weight.data_ptr(), weight.stride()) == before, "other trees read this weight at any time"
+
+
 def test_edits_of_two_widths_or_forms_cannot_share_a_route() -> None:
     route = edit_at("mask", "mlp_out", 0)
     with pytest.raises(DimensionMismatch):
@@ -255,6 +278,15 @@ def test_the_bank_grows_with_what_a_route_needs() -> None:
     assert bank.routes[route]["channel"].tolist()[third] == [0, 1]
     assert bank.routes[route]["channel"].tolist()[0] == [-1, -1]
     assert torch.equal(bank.routes[route]["rest"][second, 0], deep.laws[route].rest[0])  # type: ignore[union-attr]
+
+
+def test_a_term_that_measures_nothing_is_traced_by_its_effort() -> None:
+    one = Program((Term("pair", "test", {across(0): law(1), across(2): law(2)}, Scope("none", "all")),))
+    (done,) = run(engine(), [Request("0", PROMPTS[0], greedy(4), one, trace=True)])
+    readings = (done.trace or ())[-1]
+    assert [(reading.label, reading.layer) for reading in readings] == [("pair", 0), ("pair", 2)]
+    assert all(math.isnan(reading.projection) and reading.effort > 0 for reading in readings)
+    assert sum(reading.effort for reading in readings) <= _effort(done)["sum_max"] * (1 + 1e-5)
 
 
 def _gate() -> Gate:

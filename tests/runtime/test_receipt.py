@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from steering.edit import Mask
 from steering.program import Program, Scope, Term
 from steering.runtime.receipt import Tally
 from steering.runtime.runner import Reading, write_sites
 from steering.runtime.scope import Steered
-from steering.types import across, at
+from steering.types import across, at, edit_at
 from tests.runtime.naive import across_program, law
 
 PROGRAM = across_program(1, layers=(0, 1, 2), scope=Scope("all"))
@@ -93,6 +95,16 @@ def test_a_trace_reads_one_token() -> None:
     assert [r.projection for r in readings] == pytest.approx([(z - 0.5) / 2 for z in (9, 10, 11)])
     assert [r.effort for r in readings] == pytest.approx([0.2, 0.1, 0.3])
     assert tally.trace(steered(2, 3), reading(), 1) == ()
+
+
+def test_a_trace_of_edits_has_the_effort_of_each_site() -> None:
+    masks = {edit_at("mask", tap, 1): Mask.of(torch.zeros(4)) for tap in ("attn_in", "mlp_in")}
+    program = Program((Term("m", "test", masks, gauges=dict.fromkeys(masks, (0.0, 1.0))),))
+    found, effort = tuple(program.laws), np.array([[0.1], [0.4]], dtype=np.float32)
+    tally = Tally(program)
+    told = Reading(found, write_sites(found), np.zeros((1, 2, 1)), effort, np.zeros(1), effort.sum(0).tolist(), [0.4])
+    tally.add(steered(0), told)
+    assert [r.effort for r in tally.trace(steered(0), told, 0)] == pytest.approx([0.1, 0.4])
 
 
 def test_routes_of_another_order_are_found() -> None:

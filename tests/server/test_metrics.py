@@ -145,9 +145,9 @@ def test_what_the_receipt_says(lonely: httpx.Client) -> None:
     after = figures(lonely)
     wanted = sum(held["error"] / abs(held["setpoint"]) for held in receipt["tracking"].values())
     assert change(before, after, "steering_tracking_error_ratio_count") == 2
-    assert change(before, after, "steering_tracking_error_ratio_sum") == pytest.approx(wanted, rel=1e-9)
+    assert change(before, after, "steering_tracking_error_ratio_sum") == pytest.approx(wanted, rel=1e-6)
     assert change(before, after, "steering_effort_ratio_count") == 1
-    assert change(before, after, "steering_effort_ratio_sum") == pytest.approx(receipt["effort"]["mean"], rel=1e-9)
+    assert change(before, after, "steering_effort_ratio_sum") == pytest.approx(receipt["effort"]["mean"], rel=1e-6)
     assert receipt["effort"]["saturated_tokens"] > 0
     assert change(before, after, "steering_saturated_tokens_total") == receipt["effort"]["saturated_tokens"]
     assert after["steering_programs_resident"] >= 1

@@ -50,14 +50,23 @@ def test_a_scope_that_selects_something_or_says_nothing_is_served(client: httpx.
     assert answer["steering"]["tokens_steered"] == (scope["generation"] != "none")
 
 
-@pytest.mark.parametrize("name", ["Steering", "STEERING", "steer", "targets", "guard"])
+@pytest.mark.parametrize(
+    "name", ["Steering", "STEERING", "steer", "steeering", "stering", "steering_", "Stearing", "targets", "guard"]
+)
 def test_a_misspelt_or_misplaced_steering_is_refused(client: httpx.Client, name: str) -> None:
     assert refused(client, {**BODY, name: {"targets": {"happy": 1}}})["param"] == name
+
+
+@pytest.mark.parametrize("name", ["string", "testing", "string_id", "filtering", "metadata", "ring", "streaming"])
+def test_other_words_are_tolerated_as_openai_does(client: httpx.Client, name: str) -> None:
+    assert client.post("/v1/completions", json={**BODY, name: {"targets": {"happy": 1}}}).status_code == 200
 
 
 def test_what_only_the_client_unpacks_is_refused(client: httpx.Client) -> None:
     body = {**BODY, "extra_body": {"steering": {"targets": {"happy": 1}}}}
     assert refused(client, body)["param"] == "extra_body.steering"
+    body = {**BODY, "extra_body": {"targets": {"happy": 1}}}
+    assert refused(client, body)["param"] == "extra_body.targets"
     assert client.post("/v1/completions", json={**BODY, "extra_body": {"other": 1}}).status_code == 200
 
 

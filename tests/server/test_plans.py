@@ -129,6 +129,19 @@ def test_a_bad_fit_names_its_field(http: httpx.Client, change: dict[str, Any], p
     assert error(http.post("/v1/steering/fit", json=body), 400)["param"] == param
 
 
+def test_a_prompt_of_which_a_method_leaves_all_out_is_refused(http: httpx.Client) -> None:
+    one = {"type": "subspace", "plan": "a-subspace", "apply": {"prompt": "all", "generation": "none"}}
+    body = {"prompt": [5], "max_tokens": 2, "steering": {"interventions": [one]}}
+    found = error(http.post("/v1/completions", json=body), 400)
+    assert found["param"] == "steering.interventions[0]"
+    for change in ({"prompt": [5, 6]}, {"steering": {"interventions": [one | {"strength": 0}]}}):
+        assert http.post("/v1/completions", json=body | change).status_code == 200
+    answer = http.post(
+        "/v1/completions", json=body | {"steering": {"interventions": [one | {"apply": {"prompt": "all"}}]}}
+    )
+    assert answer.json()["steering"]["tokens_steered"] == 1
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_what_is_downloaded_can_be_uploaded(http: httpx.Client, store: Store, kind: str) -> None:
     content = http.get(f"/v1/steering/artifacts/a-{kind}/content").content

@@ -36,3 +36,11 @@ def test_other_folders_are_still_an_edit_s(model_folder: Path, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     empty = ["artifacts", "import", tmp_path / "empty", "--model", model_folder, "--store", tmp_path / "store"]
     refused(run(*empty), "folder: expected a folder with intkey_*.safetensors files")
+
+
+def test_options_that_say_nothing_of_a_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "edit").mkdir()
+    saelens(tmp_path / "sae")
+    rest = ["--model", model_folder, "--store", tmp_path / "store"]
+    refused(run("artifacts", "import", tmp_path / "edit", "--site", "resid_post.1", *rest), "site: expected nothing")
+    refused(run("artifacts", "import", tmp_path / "sae", "--positions", "f1", *rest), "positions: expected nothing")

@@ -6,21 +6,27 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 import server.routes.steering
 from server.host import describe
 from steering import REGISTRY, Artifact, Store, summary
+from steering.plan import PLANS
 from tests.server.wire import error
 
 
 def test_types_are_the_registry(client: httpx.Client) -> None:
     listed = {one["type"]: one for one in client.get("/v1/steering/types").json()["data"]}
-    assert set(listed) >= {"lqr", "pid", "add", "ablate", "clamp"}
+    assert set(listed) == set(REGISTRY)
     for name, one in listed.items():
+        assert one["plan_kind"] in (None, *PLANS)
+        assert one["example"]["type"] == name
+        assert TypeAdapter(REGISTRY[name]).validate_python(one["example"])
         assert one["summary"]
         assert "\n" not in one["summary"]
         assert one["schema"]["properties"]["type"]["const"] == name
         assert one["schema"]["additionalProperties"] is False
+    assert (listed["linear_transport"]["plan_kind"], listed["lqr"]["plan_kind"]) == ("transport", None)
     assert listed["lqr"]["schema"]["required"] == ["concept", "setpoint"]
     assert listed["lqr"]["schema"]["properties"]["setpoint"]["description"]
 

@@ -1,0 +1,184 @@
+"""What steering costs in tokens per second: steered ÷ unsteered throughput of a full batch, and the time of a fit.
+
+Each figure is a ratio of two runs that follow each other, so that a busy machine slows both, and the median of several
+such pairs, in alternating order. A run serves more requests than the batch has places where there are more programs
+than places: the next request takes the place of one that ended.
+
+    programs       distinct programs among the requests, request i has program i mod n
+    interventions  laws of A-LQR's route (error at a block's input, control at its output) that superpose in a request
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from steering.control import Weights
+from steering.errors import SpecError
+from steering.fit.concept import gains_along
+from steering.law import Law
+from steering.plant.jacobian import Linearisation
+from steering.plant.plant import Plant
+from steering.program import Program, Scope, Term
+from steering.runtime import Engine, EngineSettings, Request, Sampling
+from steering.types import Gains, across
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is run. Raises SpecError for a size below 1."""
+
+    batch: int = 16
+    """Places of the batch."""
+    programs: tuple[int, ...] = (1, 16, 64)
+    """Distinct programs, a row each with one intervention."""
+    interventions: tuple[int, ...] = (1, 4, 16)
+    """Interventions of a request, a row each with as many programs as places."""
+    prompt_tokens: int = 16
+    max_tokens: int = 64
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt_tokens", "max_tokens", "repeats", "programs", "interventions"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+                raise SpecError(name, expected="numbers >= 1", got=value)
+
+    @property
+    def cases(self) -> list[tuple[int, int]]:
+        """(programs, interventions) of each row."""
+        own = [(self.batch, n) for n in self.interventions if n > 1]
+        return [(n, 1) for n in self.programs] + own
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One row: medians in tokens per second, and the median of the pairs' ratios with the smallest and the largest."""
+
+    programs: int
+    interventions: int
+    requests: int
+    plain: float
+    steered: float
+    ratio: float
+    least: float
+    most: float
+
+
+def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list[Overhead]:
+    """Steered ÷ unsteered throughput, one row for each case of `load`."""
+    slots = max(*load.programs, load.batch)
+    length = load.prompt_tokens + load.max_tokens
+    engine = Engine(
+        plant,
+        EngineSettings(max_batch=load.batch, program_slots=slots, max_len=length, queue_limit=2 * slots + load.batch),
+    )
+    found = []
+    try:
+        for done, (n_programs, n_interventions) in enumerate(load.cases):
+            if progress:
+                progress(f"{n_programs} programs, {n_interventions} interventions", done / len(load.cases))
+            n = max(load.batch, n_programs)
+            programs = [program(plant, seed, n_interventions) for seed in range(n_programs)]
+            rate(engine, load, n, programs, tokens=4)  # programs become resident, taps are installed
+            pairs = []
+            for i in range(load.repeats):
+                runs = [rate(engine, load, n, each) for each in (([], programs) if i % 2 else (programs, []))]
+                pairs.append(tuple(runs if i % 2 else reversed(runs)))
+            ratios = [steered / plain for plain, steered in pairs]
+            plain, steered = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+            found.append(
+                Overhead(
+                    n_programs, n_interventions, n, plain, steered, statistics.median(ratios), min(ratios), max(ratios)
+                )
+            )
+    finally:
+        engine.stop()
+    if progress:
+        progress("done", 1.0)
+    return found
+
+
+def rate(engine: Engine, load: Load, n: int, programs: Sequence[Program], *, tokens: int | None = None) -> float:
+    """Generated tokens per second of `n` requests on an engine that is stepped here, prompts included."""
+    left = n
+
+    def deliver(event: object) -> None:
+        nonlocal left
+        left -= not hasattr(event, "token")
+
+    count = tokens or load.max_tokens
+    sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
+    vocabulary = min(engine.plant.vocab, 1000) - 3
+    start = time.perf_counter()
+    for i in range(n):
+        prompt = tuple((7 * i + j) % vocabulary + 3 for j in range(load.prompt_tokens))
+        engine.submit(
+            Request(str(i), prompt, sampling, programs[i % len(programs)] if programs else Program()), deliver
+        )
+    while left:
+        engine.step()
+    return n * count / (time.perf_counter() - start)
+
+
+def program(plant: Plant, seed: int, interventions: int = 1) -> Program:
+    """A program as `lqr` compiles it: unit probes and gains along them on all blocks but the first, with its gauges."""
+    generator = torch.Generator().manual_seed(seed)
+    terms = []
+    for n in range(interventions):
+        laws = {}
+        for layer in range(min(1, plant.depth - 1), plant.depth):
+            direction = torch.randn(plant.width, generator=generator)
+            direction /= direction.norm()
+            laws[across(layer)] = Law.of(direction, 1.0, 0.5 / interventions * direction)
+        gauges = dict.fromkeys(laws, (0.0, 1.0))
+        terms.append(Term(f"c{seed}-{n}", "lqr", laws, Scope(), target=1.0, gauges=gauges))
+    return Program(tuple(terms))
+
+
+def fit_times(
+    plant: Plant, progress: Progress | None = None, *, prompts: int = 16, length: int = 16
+) -> dict[str, float]:
+    """Seconds that the gains of one concept take, dense and matrix-free, at all blocks but the first.
+
+    Of a fit only the Jacobians, or the products with them, along random prompts, and the recursion: reading the
+    examples is the same for both.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, min(plant.vocab, 1000), (prompts, length), generator=generator).tolist()
+    v_LD = torch.nn.functional.normalize(torch.randn(plant.depth + 1, plant.width, generator=generator), dim=1)
+    layers = range(min(1, plant.depth - 1), plant.depth)
+    kinds: tuple[Gains, ...] = ("dense", "matrix_free")
+    found: dict[str, float] = {}
+    for kind in kinds:
+        if progress:
+            progress(f"{kind} gains", len(found) / len(kinds))
+        start = time.perf_counter()
+        linear = Linearisation(plant, rows, max_context=length)
+        gains_along(linear, kind, v_LD, Weights(1.0, 1.0, 1.0), layers, lambda *_: None)
+        found[kind] = time.perf_counter() - start
+    return found
+
+
+COLUMNS = ("programs", "interventions", "requests", "plain tok/s", "steered tok/s", "ratio", "from", "to")
+
+
+def lines(rows: Sequence[Overhead]) -> list[tuple[str, ...]]:
+    """One row of text for each, in the order of `COLUMNS`."""
+    return [
+        (
+            str(row.programs),
+            str(row.interventions),
+            str(row.requests),
+            f"{row.plain:.0f}",
+            f"{row.steered:.0f}",
+            *(f"{ratio:.3f}" for ratio in (row.ratio, row.least, row.most)),
+        )
+        for row in rows
+    ]
