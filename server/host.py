@@ -37,7 +37,7 @@ from steering import (
     echo,
 )
 from steering.demo import CONCEPTS, MODEL, MODEL_ID
-from steering.gguf import Target
+from steering.formats.gguf import Target
 
 State = Literal["loading", "ready", "draining"]
 READERS = 2

@@ -27,7 +27,7 @@ from server.cli.common import (
 
 if TYPE_CHECKING:
     from steering import Artifact, Store
-    from steering.gguf import Target
+    from steering.formats.gguf import Target
 
 app = typer.Typer(help="The store of fitted concepts.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="Name of an artifact.", show_default=False)]
@@ -117,9 +117,9 @@ def import_(
     quietly(model)
     from server.host import describe
     from steering import SpecError
-    from steering.gguf import imported, is_gguf, read_vectors
-    from steering.peft import is_adapter
-    from steering.sae_import import is_autoencoder
+    from steering.formats.gguf import imported, is_gguf, read_vectors
+    from steering.formats.peft import is_adapter
+    from steering.formats.sae import is_autoencoder
 
     if not file.is_file() and not file.is_dir():
         raise SpecError("file", expected="a file or folder that exists", got=str(file))
@@ -182,7 +182,7 @@ def export(
     quietly(model)
     from steering import ArtifactError, SpecError
     from steering.artifact import replacing
-    from steering.gguf import exported, hint_of, vectors_of
+    from steering.formats.gguf import exported, hint_of, vectors_of
 
     kinds = ("safetensors", "gguf")
     told = output.suffix.removeprefix(".") if output is not None else ""
@@ -218,7 +218,7 @@ def export(
 
 def _target(model: str | None) -> Target:
     from server.host import load_plant
-    from steering.gguf import Target
+    from steering.formats.gguf import Target
 
     return Target.of(load_plant(model, "cpu"))
 
@@ -240,7 +240,7 @@ def _refuse(options: Mapping[str, object], what: str) -> None:
 def _edit(folder: Path, name: str, positions: str, model: str | None) -> Artifact:
     """The plan of a pyreft folder. Raises SpecError, ArtifactCorrupt."""
     from server.host import load_plant
-    from steering.pyreft import import_reft, parse_positions
+    from steering.formats.pyreft import import_reft, parse_positions
 
     parse_positions(positions)  # before a model is loaded
     return import_reft(folder, name, load_plant(model, "cpu"), positions=positions).artifact()
@@ -249,7 +249,7 @@ def _edit(folder: Path, name: str, positions: str, model: str | None) -> Artifac
 def _adapter(folder: Path, name: str, model: str | None) -> Artifact:
     """The plan of a LoRA's folder. Raises SpecError, ArtifactCorrupt."""
     from server.host import load_plant
-    from steering.peft import import_adapter
+    from steering.formats.peft import import_adapter
 
     return import_adapter(folder, name, load_plant(model, "cpu")).artifact()
 
@@ -258,7 +258,7 @@ def _autoencoder(folder: Path, name: str, site: str, texts: Path | None, model: 
     """The plan of an autoencoder's folder. Raises SpecError, ArtifactCorrupt."""
     from server.host import load_plant
     from steering import read_examples
-    from steering.sae_import import import_sae, parse_site
+    from steering.formats.sae import import_sae, parse_site
 
     if site:
         parse_site(site)  # before a model is loaded

@@ -24,7 +24,7 @@ from server.routes.common import ERRORS, HostDep, ServiceDep
 from server.schema.errors import ApiError
 from steering import Artifact, ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError
 from steering.artifact import MAX_BYTES, checked_name, partial_file, read_header
-from steering.gguf import exported, hint_of, imported, is_gguf, read_vectors
+from steering.formats.gguf import exported, hint_of, imported, is_gguf, read_vectors
 from steering.store import held_in
 
 router = APIRouter(prefix="/v1/steering/artifacts", tags=["Steering"])

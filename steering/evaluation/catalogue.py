@@ -12,8 +12,8 @@ Strengths are those at which the method is of interest on the embedded model, le
 
 from __future__ import annotations
 
-import operator
 import math
+import operator
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence

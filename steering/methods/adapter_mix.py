@@ -12,7 +12,7 @@ request runs, whatever other interventions do. With a narrower `apply` later tok
 merged model has. `max_effort` is shared out over the r channels of each map, relative to its input.
 Shapes: A (r, in), B (out, r), per map.   Cost: 2·r·(in + out) multiply-adds per token and map.
 Source: task arithmetic, arXiv:2212.04089, Sec. 2; aTLAS, arXiv:2407.02880; LoRA, arXiv:2106.09685; files as PEFT
-writes them (`steering.peft`).   Oracle: the logits of the merged weights W + Σ α s B A.
+writes them (`steering.formats.peft`).   Oracle: the logits of the merged weights W + Σ α s B A.
 Of the published code we leave: the copy of all weights for each mix; the coefficients learned on a task, which is
 training and gives numbers that can be sent here.
 """

@@ -7,8 +7,8 @@ Both are laws: the probe is R − W, or −W, the setpoint b, the gain R. The ed
 trained on, the first f and last l of the prompt (`f7+l7` is usual), and at no generated token; with `positions: apply`
 the request says where.
 Shapes: R, W (r, D), b (r,).   Cost: 2·2·r·D multiply-adds per token and layer.
-Source: ReFT, arXiv:2404.03592, Sec. 3.2; files as pyreft writes them (`steering.pyreft`).   Oracle: the sums formed
-explicitly.
+Source: ReFT, arXiv:2404.03592, Sec. 3.2; files as pyreft writes them (`steering.formats.pyreft`).
+Oracle: the sums formed explicitly.
 Of the published code we leave: f and l cut to half of a short prompt, whose middle token is then not edited; positions
 that count the padding; the sum formed in bfloat16. Here a position is edited once, whatever lists it.
 """

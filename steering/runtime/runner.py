@@ -264,7 +264,7 @@ class Runner:
         OPERATORS[route.form](y_TE, *read, work.slot_PT[p], *resident, *knobs, *account)
 
     def _launch_plain(self, work: _Launches, p: int, w: int, y_TE: Tensor, x_TD: Tensor, own: Tensors) -> None:
-        """The same as `feedback_` with fewer operations, each of which costs a small batch on a CPU as much as its work."""
+        """The same as `feedback_` in fewer operations: on a CPU each costs a small batch more than its work."""
         if p not in work.rows:
             slot_T = work.slot_PT[p]
             work.rows[p] = own["probe"].index_select(0, slot_T), own["gain"].index_select(0, slot_T)

@@ -10,17 +10,17 @@ import torch
 
 from steering.fit.channels import ChannelsSettings, fit_channels
 from steering.fit.interaction import InteractionSettings, fit_interaction
+from steering.formats.peft import import_adapter
 from steering.methods import AdapterMix, Channels, Interaction, compile_program
-from steering.peft import import_adapter
 from steering.plan import AdapterPlan, Plan
 from steering.plant.plant import Plant
 from steering.program import Program, Scope
 from steering.runtime import Request
 from tests.fit.test_concept import NEGATIVE, POSITIVE
+from tests.formats.test_peft import PATHS, saved
 from tests.plants import tiny, tiny_tokenizer
 from tests.runtime.naive import greedy, run
 from tests.runtime.test_engine import LLAMA, PROMPTS, assert_naive, engine
-from tests.test_peft import PATHS, saved
 
 TEXTS = Plant(LLAMA.model, tiny_tokenizer())
 

@@ -16,10 +16,10 @@ import torch
 
 from server.settings import ServerSettings
 from steering import Artifact, Concept, Plant, Store
-from steering.gguf import Target, exported, imported, read_vectors
+from steering.formats.gguf import Target, exported, imported, read_vectors
+from tests.formats.test_gguf import vectors, write
 from tests.server.conftest import serving
 from tests.server.wire import error
-from tests.test_gguf import vectors, write
 
 ARTIFACTS = "/v1/steering/artifacts"
 LIMIT = 200_000

@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from server.cli import app
 from steering import Store
-from steering.gguf import read_vectors
-from tests.test_gguf import vectors, write
+from steering.formats.gguf import read_vectors
+from tests.formats.test_gguf import vectors, write
 
 POSITIVE = ["the cat is good and happy", "we love the big dog", "they like the nice bird", "a happy day in the sun"]
 NEGATIVE = ["the cat is bad and sad", "we hate the big dog", "they hate the rude bird", "a sad day in the night"]

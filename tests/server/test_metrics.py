@@ -185,7 +185,7 @@ def test_no_request_owns_a_sum(lonely: httpx.Client) -> None:
         assert lonely.post("/v1/completions", json=body).status_code == 200
     after = figures(lonely)
     assert change(before, after, "steering_tracking_error_ratio_count") == 2
-    assert 0 < change(before, after, "steering_tracking_error_ratio_sum") <= 200
+    assert 0 < change(before, after, "steering_tracking_error_ratio_sum") <= 200 * (1 + 1e-9)
     assert change(before, after, "steering_tracking_error_ratio_bucket[5.0]") == 0
 
 

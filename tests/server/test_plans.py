@@ -15,13 +15,13 @@ import pytest
 from server.settings import ServerSettings
 from steering import Artifact, Plant, Store
 from steering.plan import AdapterPlan, EigenshiftPlan, ReftPlan, SubspacePlan
+from tests.formats.test_peft import saved as saved_adapter
+from tests.formats.test_pyreft import saved
 from tests.server.conftest import FOREIGN, serving
 from tests.server.test_artifacts import put
 from tests.server.test_cli import NEGATIVE, POSITIVE, refused, run
 from tests.server.test_jobs import over, started
 from tests.server.wire import error
-from tests.test_peft import saved as saved_adapter
-from tests.test_pyreft import saved
 
 METHODS: dict[str, dict[str, Any]] = {
     "eigenshift": {"skip": 1, "components": 4, "selection": "signed", "seed": 3},

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from steering import Store
 from steering.plan import SaePlan
+from tests.formats.test_sae import TEXTS, saelens, scope
 from tests.server.test_cli import refused, run
-from tests.test_sae_import import TEXTS, saelens, scope
 
 
 def test_an_autoencoder_is_imported_from_the_command_line(model_folder: Path, tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from steering.artifact import checked_name
 from steering.errors import SpecError
+from steering.formats.pyreft import read_tensors, unusable
 from steering.plan import MAX_RANK, AdapterPlan
 from steering.plan.adapter import SITES, TARGETS, Target
 from steering.plant.plant import Plant
-from steering.pyreft import read_tensors, unusable
 from steering.types import Site
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

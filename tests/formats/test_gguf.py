@@ -16,7 +16,7 @@ from steering.artifact import Artifact
 from steering.concept import Concept
 from steering.control import Weights, scalar_gains
 from steering.errors import ArtifactCorrupt, SpecError, StaleFingerprint
-from steering.gguf import Target, exported, hint_of, imported, is_gguf, read_vectors, vectors_of
+from steering.formats.gguf import Target, exported, hint_of, imported, is_gguf, read_vectors, vectors_of
 from steering.methods import Add, Lqr, compile_program
 from steering.plant.massive import Caution
 from steering.types import across

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steering.errors import ArtifactCorrupt, SpecError
+from steering.formats.pyreft import import_reft, parse_positions
 from steering.methods import Reft
 from steering.plan import Form, ReftPlan
 from steering.plant.plant import Plant
-from steering.pyreft import import_reft, parse_positions
 from tests.plants import WIDTH, tiny, tiny_tokenizer
 
 RANK = 3

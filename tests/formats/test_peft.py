@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering.errors import ArtifactCorrupt, SpecError
+from steering.formats.peft import import_adapter, is_adapter
 from steering.methods import AdapterMix
-from steering.peft import import_adapter, is_adapter
 from steering.plan import AdapterPlan
 from steering.plant.plant import Plant
 from tests.hooks import OnePlan, hook_laws
@@ -264,6 +264,6 @@ def test_what_no_artifact_could_hold_in_float32_is_refused(
     saved(tmp_path, plant, ((0, "q"),), change=change)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert size < 8 * RANK * WIDTH
-    monkeypatch.setattr("steering.pyreft.MAX_BYTES", 8 * RANK * WIDTH - 1)
+    monkeypatch.setattr("steering.formats.pyreft.MAX_BYTES", 8 * RANK * WIDTH - 1)
     with pytest.raises(ArtifactCorrupt, match="too large"):
         import_adapter(tmp_path, "lora", plant)

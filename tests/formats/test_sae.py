@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering.errors import ArtifactCorrupt, SpecError
+from steering.formats.sae import ARCHIVE, CONFIG, WEIGHTS, import_sae, is_autoencoder, parse_site
 from steering.plan import SaePlan
 from steering.plant.capture import capture
 from steering.plant.plant import Plant
-from steering.sae_import import ARCHIVE, CONFIG, WEIGHTS, import_sae, is_autoencoder, parse_site
 from steering.types import Site
 from tests.plants import WIDTH, tiny, tiny_tokenizer
 from tests.tolerances import CORE
@@ -215,7 +215,7 @@ def test_another_width_is_refused(plant: Plant, tmp_path: Path) -> None:
 
 def test_one_that_no_file_may_hold_is_refused(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saelens(tmp_path / "sae")
-    monkeypatch.setattr("steering.sae_import.MAX_BYTES", 8 * (FEATURES - 1) * (WIDTH + 4))
+    monkeypatch.setattr("steering.formats.sae.MAX_BYTES", 8 * (FEATURES - 1) * (WIDTH + 4))
     with pytest.raises(SpecError, match=f"at most {FEATURES - 1} features at width {WIDTH}"):
         import_sae(tmp_path / "sae", "d", plant)
 
@@ -331,7 +331,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(
     scope(tmp_path / "layer_1")
     saelens(tmp_path / "sae")
     size = 4 * 2 * FEATURES * (WIDTH + 1)
-    monkeypatch.setattr("steering.sae_import.MAX_BYTES", size // 2 - 64)
+    monkeypatch.setattr("steering.formats.sae.MAX_BYTES", size // 2 - 64)
     for folder in ("layer_1", "sae"):
         with pytest.raises(ArtifactCorrupt, match="too large"):
             import_sae(tmp_path / folder, "d", plant)
@@ -348,7 +348,7 @@ def test_numbers_of_eight_bits_are_read(plant: Plant, tmp_path: Path) -> None:
 def test_texts_are_measured_in_bounded_memory(plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saelens(tmp_path / "sae")
     first = import_sae(tmp_path / "sae", "d", plant, texts=TEXTS[:1])
-    monkeypatch.setattr("steering.sae_import.MEASURED", 8)
+    monkeypatch.setattr("steering.formats.sae.MEASURED", 8)
     assert torch.equal(import_sae(tmp_path / "sae", "d", plant, texts=TEXTS).peak, first.peak)
 
 
