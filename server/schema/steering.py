@@ -137,8 +137,9 @@ class Part:
             found = list(self.interventions())
             return compile_program([one for _, one in found], bench, self.spec.guard, [path for path, _ in found])
         except SteeringError as error:
-            self._told(error)
-            raise
+            if (error.param or "").startswith("guard.") and self.base:
+                error = error.at(self.base)
+            raise self._told(error) from None
 
     def check_scopes(self, terms: Iterator[Term], length: int, steps: int) -> None:
         """As `Composition.check_scopes`, for this part, whose terms come next."""

@@ -31,6 +31,8 @@ class Tracking:
     by_layer: tuple[float, ...]
     is_edit: bool = False
     """Whether what is reported is what an edit met at its own site, in which case the first layer tells as much."""
+    is_before: bool = False
+    """Whether it was measured where the law itself then wrote: the distance that it met, not the one that it left."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -45,12 +47,12 @@ class Tracking:
 
     @property
     def error(self) -> float:
-        """|setpoint − mean|; NaN without a setpoint."""
-        return math.nan if self.setpoint is None else abs(self.setpoint - self.mean)
+        """|setpoint − mean|; NaN without a setpoint, or where the law acted at the same site, after it was measured."""
+        return math.nan if self.setpoint is None or self.is_before else abs(self.setpoint - self.mean)
 
     def to_json(self) -> dict[str, object]:
         """As in the response."""
-        sites = {"sites": [str(site) for site in self.sites]} if self.is_edit else {}
+        sites = {"sites": [str(site) for site in self.sites]} if self.is_edit or self.is_before else {}
         return sites | {
             "setpoint": _number(self.setpoint),
             "mean": _number(self.mean),
@@ -261,6 +263,7 @@ class Tally:
                 tuple(g.route.read for g, _ in own),
                 tuple(g.in_units(z) for g, z in own),
                 own[0][0].is_edit,
+                not own[0][0].is_edit and own[0][0].route.read == own[0][0].route.write,
             )
         steered = max(self.tokens, 1)
         effort = {
@@ -297,4 +300,6 @@ def _gauges(program: Program) -> list[_Gauge]:
 
 def _number(value: float | None) -> float | None:
     """The number if it is finite, to the seven digits that float32 has, else None."""
-    return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.7g}")

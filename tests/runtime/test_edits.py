@@ -289,6 +289,18 @@ def test_a_term_that_measures_nothing_is_traced_by_its_effort() -> None:
     assert sum(reading.effort for reading in readings) <= _effort(done)["sum_max"] * (1 + 1e-5)
 
 
+def test_a_law_at_its_own_site_reports_what_it_met_and_claims_no_error() -> None:
+    held = law(1)
+    route = at("resid_post", 1)
+    one = program({route: held}, units="absolute", target=float(held.setpoint[0]), gauges={route: (0.0, 1.0)})
+    (done,) = run(engine(), requests([(PROMPTS[0], one)]))
+    assert done.receipt is not None
+    told = done.receipt.to_json()["tracking"]["edit"]  # type: ignore[index]
+    assert (told["sites"], told["error"]) == (["resid_post.1"], None)
+    assert told["setpoint"] == pytest.approx(float(held.setpoint[0]), rel=1e-6)
+    assert isinstance(done.receipt.to_json()["effort"]["saturated_tokens"], int)  # type: ignore[index]
+
+
 def _gate() -> Gate:
     return Gate(When(concept="c", layer=0, above=0.0), noise(WIDTH, seed=1).float(), 0.0, math.inf, 0.0, 1.0)
 

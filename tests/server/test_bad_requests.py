@@ -44,6 +44,11 @@ STEERING: list[tuple[Any, str, str]] = [
     ({"interventions": [4]}, I0, "an object"),
     ({"interventions": [{**LQR, "type": "lqrr"}]}, f"{I0}.type", ", lqr, "),
     ({"interventions": [{"concept": "happy"}]}, f"{I0}.type", ", lqr, "),
+    (
+        {"interventions": [{"type": "skip_layers", "attn_layers": [1]}], "guard": {"max_effort": 0.5}},
+        "steering.guard.max_effort",
+        "whole or not at all",
+    ),
     ({"interventions": [{"type": "heads", "plan": "x", "heads": "all"}]}, f"{I0}.heads", ""),
     ({"interventions": [{"type": "sparsity", "plan": "x", "sparsity": 1.5}]}, f"{I0}.sparsity", "[0.001, 1]"),
     ({"interventions": [{"type": "channels", "plan": "x", "channels": "all"}]}, f"{I0}.channels", ""),
