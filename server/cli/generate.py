@@ -24,8 +24,19 @@ def generate(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(envvar="SETPOINT_METHOD", help="lqr, pid, clamp; add and ablate take λ as strength.")
+        str,
+        typer.Option(
+            envvar="SETPOINT_METHOD", help="Of the targets: lqr, pid, clamp; add and ablate take λ as strength."
+        ),
     ] = "lqr",
+    intervention: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="SETPOINT_INTERVENTION",
+            help='Any intervention as a request has it, \'{"type": "neurons", "plan": …}\'. May be repeated.',
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(envvar="SETPOINT_MAX_TOKENS", help="Longest answer in tokens.")] = 80,
     temperature: Annotated[float, typer.Option(envvar="SETPOINT_TEMPERATURE", help="0 is greedy.")] = 0.7,
     seed: Annotated[int, typer.Option(envvar="SETPOINT_SEED", help="Seed of both answers.")] = 0,
@@ -40,7 +51,7 @@ def generate(
 ) -> None:
     """Generate unsteered and steered, from the same seed, in one batch."""
     quietly(model)
-    body = _body(prompt, target or [], method, max_tokens, temperature, seed)
+    body = _body(prompt, _interventions(target or [], method, intervention or []), max_tokens, temperature, seed)
     from server.account import receipt, usage
     from server.host import Host
     from server.settings import ServerSettings
@@ -67,22 +78,32 @@ def generate(
     _show(steered, unsteered, account)
 
 
-def _body(
-    prompt: str, targets: list[str], method: str, max_tokens: int, temperature: float, seed: int
-) -> GenerateRequest:
+def _interventions(targets: list[str], method: str, given: list[str]) -> list[Any]:
+    """Those of the targets, then those that were written out. Raises SpecError."""
+    from steering import REGISTRY, SpecError
+
+    if not targets and not given:
+        raise SpecError("target", expected="at least one --target NAME=λ, or --intervention JSON")
+    if method not in REGISTRY:
+        raise SpecError("method", expected=f"one of {', '.join(REGISTRY)}", got=method)
+    amount = "strength" if method in ("add", "ablate") else "setpoint"
+    found: list[Any] = [{"type": method, "concept": name, amount: value} for name, value in map(_target, targets)]
+    for text in given:
+        try:
+            found.append(json.loads(text))
+        except ValueError as error:
+            raise SpecError("intervention", expected="a JSON object with `type`", got=text) from error
+    return found
+
+
+def _body(prompt: str, interventions: list[Any], max_tokens: int, temperature: float, seed: int) -> GenerateRequest:
     """The same body that HTTP would bring, checked in the same way. Raises SpecError."""
     from pydantic import ValidationError
 
     from server.schema.errors import from_validation
     from server.schema.openai import GenerateRequest
-    from steering import REGISTRY, SpecError
+    from steering import SpecError
 
-    if not targets:
-        raise SpecError("target", expected="at least one --target NAME=λ")
-    if method not in REGISTRY:
-        raise SpecError("method", expected=f"one of {', '.join(REGISTRY)}", got=method)
-    amount = "strength" if method in ("add", "ablate") else "setpoint"
-    interventions = [{"type": method, "concept": name, amount: value} for name, value in map(_target, targets)]
     document: dict[str, Any] = {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": max_tokens,
@@ -130,11 +151,11 @@ def _show(steered: Finished, unsteered: Finished, account: dict[str, Any]) -> No
     tracking = account["tracking"]
     rows = []
     for label, one in tracking.items():
-        for layer, measured in zip(one["layers"], one["by_layer"], strict=True):
-            rows.append((label, str(layer), _number(one["setpoint"]), _number(measured)))
+        for place, measured in zip(one.get("sites", one["layers"]), one["by_layer"], strict=True):
+            rows.append((label, str(place), _number(one["setpoint"]), _number(measured)))
         rows.append((label, "mean", _number(one["setpoint"]), _number(one["mean"])))
     if rows:
-        print_table(("concept", "layer", "setpoint", "measured"), rows)
+        print_table(("steered by", "layer", "setpoint", "measured"), rows)
     effort = account["effort"]
     console.print(
         f"effort: mean {effort['mean']:.3f}, max {effort['max']:.3f} of ‖x‖ per layer and token; "

@@ -67,6 +67,13 @@ def test_fit_then_list_show_verify_generate_rm(model_folder: Path, examples: tup
     assert table.exit_code == 0, table.output
     assert "unsteered" in table.stdout
     assert "effort" in table.stdout
+    both = '{"type": "skip_layers", "mlp_layers": [1]}', '{"type": "ablate", "concept": "joy"}'
+    asked = ["generate", "the cat", *options, "--max-tokens", "4", "--json"]
+    written = run(*asked, "--intervention", both[0], "--intervention", both[1])
+    assert written.exit_code == 0, written.output
+    assert set(json.loads(written.stdout)["steering"]["tracking"]) == {"skip_layers", "joy"}
+    refused(run(*asked, "--intervention", "skip"), "intervention: expected a JSON object")
+    refused(run(*asked, "--intervention", '{"type": "skip_layers", "mlp_layers": [9]}'), "mlp_layers")
     refused(run("generate", "the cat", "--target", "grief=2", *options), "joy")
     refused(run("generate", "the cat", "--target", "joy=nan", *options), "finite")
     refused(run("generate", "the cat", "--target", "joy", *options), "NAME=λ")
