@@ -368,7 +368,7 @@ def test_wrong_shape_is_named_and_not_broadcast(name: str, wrong: object) -> Non
 
 
 def test_package_is_not_mistaken_for_another() -> None:
-    assert kernels.__all__ == ["feedback_", "mask_", "sparse_linear", "sparsify_", "turn_"]
+    assert kernels.__all__ == ["feedback_", "mask_", "plain_feedback_", "sparse_linear", "sparsify_", "turn_"]
     assert not hasattr(kernels, "__version__")  # transformers looks for it in Hugging Face's package of this name
 
 
