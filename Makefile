@@ -44,4 +44,4 @@ fmt: $(VENV)/.dev ## Format and apply the linter's safe fixes
 
 .PHONY: bench
 bench: $(VENV)/.dev ## Run the benchmarks; results go to benchmarks/results/
-	for name in feedback fit engine; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in feedback edits fit engine; do $(BIN)/python -m benchmarks.$$name || exit 1; done
