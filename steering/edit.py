@@ -120,7 +120,7 @@ class Edit(ABC):
         }
         return replace(self, **moved)
 
-    def resident(self, rank: int) -> dict[str, Tensor]:
+    def resident(self) -> dict[str, Tensor]:
         """What a slot of the bank holds: all but the knobs, and which channel each edit follows."""
         kept = [f.name for f in fields(self) if f.name not in ("strength", "cap", "setpoint", "channel")]
         found = {name: getattr(self, name) for name in kept}

@@ -179,13 +179,16 @@ class Law:
         spent_R = self.strength != 0
         return unbounded and straight and bool(spent_R.any() and self.gain[spent_R].any(dim=-1).all())
 
-    def resident(self, rank: int) -> dict[str, Tensor]:
+    def resident(self) -> dict[str, Tensor]:
         """What a slot of the bank holds, in float32: shared by all requests that differ in their knobs alone.
 
-        Knobs are setpoint, strength and cap. The channels are the first of `rank`.
+        Knobs are setpoint, strength and cap. Channels behind the last that measures or acts are left out, so that a
+        route costs what its own laws need, however wide other routes are.
         """
+        used = torch.nonzero(self.probe.any(dim=-1) | self.gain.any(dim=-1)).flatten()
+        last = int(used[-1]) + 1 if len(used) else 1
         names = ("probe", "gain", "limit", "knee", "floor", "relative")
-        found = {name: getattr(self.padded(rank), name).to(torch.float32) for name in names}
+        found = {name: getattr(self, name)[:last].to(torch.float32) for name in names}
         return found | {"norm": found["gain"].norm(dim=-1)}
 
     def knobs(self, rank: int) -> Tensor:

@@ -253,7 +253,7 @@ class Program:
         sha = hashlib.sha256(preamble.encode())
         for route, law in self.laws.items():
             sha.update(str(route).encode())
-            parts = law.resident(self.rank) | ({"knobs": law.knobs(self.rank)} if with_knobs else {})
+            parts = law.resident() | ({"knobs": law.knobs(self.rank)} if with_knobs else {})
             for name, tensor in parts.items():
                 sha.update(f"{name}{tuple(tensor.shape)}".encode())
                 sha.update(tensor.contiguous().numpy().tobytes())

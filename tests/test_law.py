@@ -252,11 +252,19 @@ def test_superpose_refuses_one_route_of_two_widths() -> None:
 
 def test_what_is_resident_is_all_but_the_knobs() -> None:
     law = draw(2, 1)
-    resident = law.resident(3)
+    resident = law.resident()
     assert set(resident) == {f.name for f in fields(Law)} - {"setpoint", "strength", "cap"} | {"norm"}
-    assert all(len(tensor) == 3 for tensor in resident.values())
-    assert all(torch.equal(t, (2.0 * law).resident(3)[name]) for name, t in resident.items())
+    assert all(len(tensor) == 2 for tensor in resident.values())
+    assert all(torch.equal(t, (2.0 * law).resident()[name]) for name, t in resident.items())
     assert torch.equal((2.0 * law).knobs(3)[1], 2 * law.knobs(3)[1])
+
+
+def test_idle_channels_behind_the_last_are_not_resident() -> None:
+    law = draw(1, 1)
+    behind, before = law + Law.idle(5, D, D), Law.idle(5, D, D) + law
+    assert [len(one.resident()["probe"]) for one in (law, behind, before, Law.idle(4, D, D))] == [1, 1, 6, 1]
+    meter = Law.of(V[0], 0.0, torch.zeros(D, dtype=torch.float64))
+    assert len((law + meter + Law.idle(2, D, D)).resident()["gain"]) == 2
 
 
 # Rectified probes and relative setpoints

@@ -37,7 +37,7 @@ from steering import (
 MAX_INTERVENTIONS = 16
 """Most interventions, targets included, of one request."""
 MAX_CHANNELS = 256
-"""Most channels of one request's program: the tensors of all programs are as wide as the widest one."""
+"""Most channels of one request's program: the knobs of every step are as wide as those of the widest program."""
 _NAME_LIMIT = 64
 """Longest concept name; longer keys are cut where an error repeats them."""
 

@@ -7,8 +7,8 @@ sweep over them shares one slot. One set of tensors per route:
     laws     probe_SRD   gain_SRE   norm_SR = ‖g‖   limit_SR   knee_SR   floor_SR   relative_SR
     edits    what `steering.edit` says of their form, and channel_SM: whose knobs each edit follows
 
-R is one number for the whole bank and doubles when a wider program arrives; the tensors are made anew only then, or
-when a route gets more edits than it had.
+R is a route's own number: as many channels as the widest law on it has. `Bank.rank` is that of the knobs, one number
+for all routes, which doubles when a wider program arrives. Tensors are made anew when a route needs more than it had.
 """
 
 from __future__ import annotations
@@ -104,29 +104,17 @@ class Bank:
         if not self._free:
             self._evict()
         # All that may run out of memory comes first, and is kept only when it is whole: the neighbours' programs stay.
-        rank, routes = self.rank, dict(self.routes)
-        if program.rank > rank:
-            rank = 1 << (program.rank - 1).bit_length()
-        resident = {route: law.resident(rank) for route, law in program.laws.items()}
+        routes = dict(self.routes)
+        resident = {route: law.resident() for route, law in program.laws.items()}
         for route, one in resident.items():
             routes[route] = routes.get(route, Tensors()).holding(self._n_slots, one, self._device)
             resident[route] = {name: tensor.to(self._device) for name, tensor in one.items()}
-        if rank > self.rank:
-            self._widen(routes, rank, set(resident))
-        self.rank, self.routes = rank, routes
+        self.rank, self.routes = max(self.rank, 1 << (program.rank - 1).bit_length()), routes
         slot = _Slot(self._free.pop(), 0, tuple(program.laws))
         for route, one in resident.items():
             routes[route].put(slot.index, one)
         self._held[program.shape] = slot
         return slot
-
-    def _widen(self, routes: dict[Route, Tensors], rank: int, done: set[Route]) -> None:
-        """Give the laws of the other routes `rank` channels too: knobs and laws agree about R."""
-        for route, tensors in routes.items():
-            if route.form == "law" and route not in done:
-                sizes = {name: (rank, *tensor.shape[2:]) for name, tensor in tensors.items()}
-                room = {name: tensor.new_empty(sizes[name]) for name, tensor in tensors.items()}
-                routes[route] = tensors.holding(self._n_slots, room, self._device)
 
     def _evict(self) -> None:
         """Free the slot that has gone unused longest, and the tensors of routes that no other slot fills."""

@@ -256,8 +256,12 @@ class Runner:
         if work.plain_P[p] and y_TE.device.type == "cpu":
             self._launch_plain(work, p, w, y_TE, x_TD, own)
             return
-        setpoint_TR, strength_TR, cap_TR = work.knobs_TP3R[:, p].unbind(1)
-        account = [work.budget_T, work.spent_T, work.measured_TPR[:, p], work.effort_WT[w], work.saturated_T]
+        knobs_T3R, measured_TR = work.knobs_TP3R[:, p], work.measured_TPR[:, p]
+        if route.form == "law":  # knobs are as wide as the widest program, a route as its own laws
+            own_R = slice(own["probe"].shape[1])
+            knobs_T3R, measured_TR = knobs_T3R[:, :, own_R], measured_TR[:, own_R]
+        setpoint_TR, strength_TR, cap_TR = knobs_T3R.unbind(1)
+        account = [work.budget_T, work.spent_T, measured_TR, work.effort_WT[w], work.saturated_T]
         resident = [own[name] for name in RESIDENT[route.form]]
         knobs = [setpoint_TR, strength_TR, cap_TR] if route.form in ("law", "turn") else [strength_TR, cap_TR]
         read = [x_TD] if route.form == "law" else []
@@ -268,8 +272,9 @@ class Runner:
         if p not in work.rows:
             slot_T = work.slot_PT[p]
             work.rows[p] = own["probe"].index_select(0, slot_T), own["gain"].index_select(0, slot_T)
-        knobs_T3R = work.knobs_TP3R[:, p]
-        account = (work.measured_TPR[:, p], work.effort_WT[w])
+        own_R = slice(own["probe"].shape[1])
+        knobs_T3R = work.knobs_TP3R[:, p, :, own_R]
+        account = (work.measured_TPR[:, p, own_R], work.effort_WT[w])
         plain_feedback_(y_TE, x_TD, *work.rows[p], knobs_T3R[:, 0], knobs_T3R[:, 1], *account)
 
     def _account_blank(self, work: _Launches, p: int, w: int, route: Route) -> None:

@@ -100,14 +100,25 @@ def test_an_evicted_program_leaves_no_trace() -> None:
     assert not keep.routes[across(1)]["norm"][slot].any()
 
 
-def test_a_wider_program_widens_the_bank_and_keeps_the_rest() -> None:
+def test_a_route_is_as_wide_as_its_own_laws() -> None:
+    bank = Bank(4, CPU)
+    bank.acquire(across_program(1, layers=(1,)))
+    bank.acquire(Program((Term("wide", "add", {at("final"): law(3, rank=20)}),)))
+    assert bank.rank == 32
+    assert {str(route): tensors["probe"].shape[1] for route, tensors in bank.routes.items()} == {
+        str(across(1)): 1,
+        str(at("final")): 20,
+    }
+
+
+def test_a_wider_program_widens_its_routes_and_keeps_the_rest() -> None:
     bank, narrow = Bank(4, CPU), across_program(1)
     slot = bank.acquire(narrow)
     bank.acquire(across_program(2, rank=3))
     assert bank.rank == 4
     for route, laws in narrow.laws.items():
         tensors = bank.routes[route]
-        assert tensors["probe"].shape[1] == 4
+        assert tensors["probe"].shape[1] == 3
         assert torch.equal(tensors["probe"][slot, :1], laws.probe)
         assert not tensors["gain"][slot, 1:].any()
 
