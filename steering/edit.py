@@ -224,8 +224,13 @@ class Mask(Edit):
     @property
     def is_blank(self) -> bool:
         """Whether it is one mask that takes all of the site away: what feeds the site need not be computed."""
+        return self.rank == 1 and self.takes_all and bool(self.strength == 1 and self.cap == math.inf)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether each of its masks, at full strength, leaves nothing of the site."""
         whole = (self.scale == 0) & (self.shift == 0) & (self.low == -math.inf) & (self.high == math.inf)
-        return self.rank == 1 and bool(whole.all() and self.strength == 1 and self.cap == math.inf)
+        return bool(whole.all())
 
     def _new(self, y_TE: Tensor, m: int) -> Tensor:
         scale, shift = self.scale[m].to(y_TE.dtype), self.shift[m].to(y_TE.dtype)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
+from torch import Tensor
 
 from steering.condition import Gate
 from steering.edit import Acting, Mask, joined
@@ -155,10 +156,6 @@ class Term:
         """Channels that this term owns on every route."""
         return max((law.rank for law in self.laws.values()), default=0)
 
-    def scope_of(self, channel: int) -> Scope:
-        """The scope of one of its channels."""
-        return self.scopes[channel] if self.scopes else self.scope
-
     @property
     def is_always(self) -> bool:
         """Whether it acts at every token of a request, whatever is measured."""
@@ -231,7 +228,10 @@ class Program:
 
         Setpoints, strengths, caps, scopes and guards are per-request knobs, so sweeping them costs no slot.
         """
-        return self._digest("", with_knobs=False)
+        sha = hashlib.sha256()
+        for route, law in self.laws.items():
+            _feed(sha, route, law.resident())
+        return f"sha256:{sha.hexdigest()}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,17 +247,18 @@ class Program:
             ]
             for t in self.terms
         ]
-        return self._digest(json.dumps([around, asdict(self.guard)]), with_knobs=True)
-
-    def _digest(self, preamble: str, *, with_knobs: bool) -> str:
-        sha = hashlib.sha256(preamble.encode())
+        sha = hashlib.sha256(json.dumps([self.shape, around, asdict(self.guard)]).encode())
         for route, law in self.laws.items():
-            sha.update(str(route).encode())
-            parts = law.resident() | ({"knobs": law.knobs(self.rank)} if with_knobs else {})
-            for name, tensor in parts.items():
-                sha.update(f"{name}{tuple(tensor.shape)}".encode())
-                sha.update(tensor.contiguous().numpy().tobytes())
+            _feed(sha, route, {"knobs": law.knobs(self.rank)})
         return f"sha256:{sha.hexdigest()}"
+
+
+def _feed(sha: hashlib._Hash, route: Route, tensors: Mapping[str, Tensor]) -> None:
+    """Give a hash what stands on a route, by name, shape and bytes."""
+    sha.update(str(route).encode())
+    for name, tensor in tensors.items():
+        sha.update(f"{name}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().numpy().tobytes())
 
 
 def check_whole(terms: Sequence[Term], guard: Guard) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.common import AsJson, Device, Dtype, Model, cleanly, print_json, print_table, quietly
+from server.cli.common import AsJson, Device, Dtype, Model, cleanly, print_json, print_table, progress_bar, quietly
 
 
 @cleanly
@@ -36,9 +36,6 @@ def bench(
 ) -> None:
     """Measure what steering costs: steered ÷ unsteered throughput over programs and interventions, and a fit's time."""
     quietly(model)
-    from rich.console import Console
-    from rich.progress import Progress
-
     from server.host import load_plant
     from steering.evaluation.speed import COLUMNS, Load, fit_times, lines, overhead
 
@@ -50,12 +47,7 @@ def bench(
         repeats=repeats,
     )
     plant = load_plant(model, device, dtype)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("bench", total=1.0)
-
-        def report(stage: str, done: float) -> None:
-            bar.update(task, description=stage, completed=done)
-
+    with progress_bar("bench") as report:
         rows = overhead(plant, load, report)
         times = fit_times(plant, report)
     if as_json:

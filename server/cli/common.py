@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -65,6 +66,17 @@ def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     json.dump(document, sys.stdout, ensure_ascii=False, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+@contextmanager
+def progress_bar(stage: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr while the work goes on; what it gives takes a stage and the share that is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(stage, total=1.0)
+        yield lambda now, done: bar.update(task, description=now, completed=done)
 
 
 WIDE = 250

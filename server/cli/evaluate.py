@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from server.cli.common import AsJson, StoreFolder, cleanly, print_json, print_table, quietly
+from server.cli.common import AsJson, StoreFolder, cleanly, print_json, print_table, progress_bar, quietly
 
 
 @cleanly
@@ -50,9 +50,6 @@ def evaluate(
 ) -> None:
     """Measure what every method does to the embedded model, at what price."""
     quietly()
-    from rich.console import Console
-    from rich.progress import Progress
-
     from server.host import Host
     from server.settings import ServerSettings
     from steering import SpecError, __version__
@@ -89,12 +86,7 @@ def evaluate(
     host = Host.load(ServerSettings(store=store))
     about = {"version": __version__, "model": host.plant.fingerprint}
     try:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("eval", total=1.0)
-
-            def report(stage: str, done: float) -> None:
-                bar.update(task, description=stage, completed=done)
-
+        with progress_bar("eval") as report:
             if isinstance(asked, Catalogue):
                 found = run_catalogue(host.plant, host.shelf, host.engine, asked, report)
                 paths, header, lines = write_catalogue(out, found, about | asdict(asked)), COLUMNS, table(found)

@@ -18,6 +18,7 @@ from server.cli.common import (
     cleanly,
     print_json,
     print_table,
+    progress_bar,
     quietly,
     store_folder,
 )
@@ -96,18 +97,11 @@ def fit(
     given = {n: v for n, v in asked.items() if v not in (None, getattr(default, n, None))} | _settings(setting or [])
     settings = settings_of(kind, given)
     examples = [[] if file is None else read_examples(file) for file in (positive, negative)]
-    from rich.console import Console
-    from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading the model", total=1.0)
+    with progress_bar("loading the model") as report:
         plant = load_plant(model, device, dtype)
         settings_of(kind, given, plant)
         checked = checked_rows(plant, kind, settings, *examples)
-
-        def report(stage: str, done: float) -> None:
-            bar.update(task, description=stage, completed=done)
-
         made: Artifact
         if isinstance(settings, FitSettings):
             made = fit_concept(plant, name, *checked, settings, report).artifact()

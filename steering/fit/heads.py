@@ -30,6 +30,7 @@ from steering.artifact import checked_name
 from steering.errors import ControlError, SpecError
 from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
+from steering.fit.quality import FITTED_ONLY
 from steering.fit.settings import chosen_blocks
 from steering.fit.units import ordinary, without_position_0
 from steering.plan.base import MAX_RANK
@@ -269,7 +270,7 @@ def _quality(best_K: Tensor, random_K: Tensor, all_B: Tensor, is_held: bool, uns
     if is_held and unseen is not None:
         quality["accuracy_unseen"] = best = round(unseen, 4)
     if not is_held:
-        quality["warning"] = "The figures are of the very examples that were fitted: give ten or more of each class."
+        quality["warning"] = FITTED_ONLY
     elif best < 0.7:
         quality["warning"] = f"The best heads hardly tell the classes apart (accuracy {best:.2f}): give more examples."
     return quality

@@ -30,6 +30,7 @@ from steering.artifact import checked_name
 from steering.errors import SpecError
 from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
+from steering.fit.quality import FITTED_ONLY
 from steering.fit.sensitivity import Answers, Varied, eigenscore, varied_states
 from steering.fit.settings import chosen_blocks
 from steering.fit.units import aurocs, massive_units, ordinary, without_position_0
@@ -210,7 +211,7 @@ def fit_neurons(
         "massive": int(units.massive.sum()),
     }
     if quality["measured_on"] != "held-out":
-        quality["warning"] = "The figures are of the very examples that were fitted: give ten or more of each class."
+        quality["warning"] = FITTED_ONLY
     elif varied:
         if quality["sensitivity_share"] <= quality["random"]["sensitivity_share"]:
             quality["warning"] = (

@@ -17,7 +17,7 @@ from steering.fit.interaction import InteractionSettings, fit_interaction
 from steering.fit.language import LanguageSettings, fit_language
 from steering.fit.layers import LayersSettings, fit_layers
 from steering.fit.neurons import NeuronsSettings, fit_neurons
-from steering.fit.quality import USABLE_AUROC
+from steering.fit.quality import FITTED_ONLY, USABLE_AUROC
 from steering.fit.sae import SaeSettings, fit_sae
 from steering.fit.sparsity import SparsitySettings, fit_sparsity
 from steering.fit.subspace import SubspaceSettings, fit_subspace
@@ -160,5 +160,5 @@ def plan_warning(quality: Mapping[str, Any]) -> str | None:
             f"against {random['separation']:.2f}): choose by `separation`, or give more examples."
         )
     if quality["measured_on"] != "held-out":
-        return "The figures are of the very examples that were fitted: give ten or more of each class."
+        return FITTED_ONLY
     return None

@@ -7,6 +7,8 @@ from typing import Any
 
 USABLE_AUROC = 0.7
 """Below it a direction hardly tells the classes apart."""
+FITTED_ONLY = "The figures are of the very examples that were fitted: give ten or more of each class."
+"""The doubt about a plan whose examples are too few to hold any out."""
 LIKE_HALVES = 0.3
 """Cosine below which the directions of two halves of the examples have little in common."""
 

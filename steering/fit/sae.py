@@ -34,6 +34,7 @@ from steering.fit.concept import (
     provenance,
 )
 from steering.fit.examples import Example, checked_classes
+from steering.fit.quality import FITTED_ONLY
 from steering.fit.settings import chosen_blocks
 from steering.fit.units import aurocs
 from steering.plan import MAX_RANK, SaePlan
@@ -299,7 +300,7 @@ def quality_of(parts: Sequence[Trained]) -> dict[str, Any]:
             "clearer ones."
         )
     elif quality["measured_on"] != "held-out":
-        quality["warning"] = "The figures are of the very examples that were fitted: give ten or more of each class."
+        quality["warning"] = FITTED_ONLY
     return quality
 
 

@@ -36,6 +36,7 @@ from steering.artifact import checked_name
 from steering.errors import SpecError
 from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
+from steering.fit.quality import FITTED_ONLY
 from steering.fit.settings import chosen_blocks
 from steering.plan import TransportForm, TransportPlan, TransportSite
 from steering.plant.capture import Pause, capture_means
@@ -282,5 +283,5 @@ def _quality(figures: Sequence[dict[str, float]], measured_on: str) -> dict[str,
             f"({min(mean['before'], mean['random']):.2f}): give more examples, and clearer ones."
         )
     elif measured_on != "held-out":
-        quality["warning"] = "The figures are of the very examples that were fitted: give ten or more of each class."
+        quality["warning"] = FITTED_ONLY
     return quality

@@ -19,7 +19,6 @@ Source: arXiv:2402.17762 (massive activations).   Oracle: the coordinates before
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -46,7 +45,7 @@ def guarded(term: Term, bench: Bench, *, spare_massive: bool = True) -> Term:
     """
     caution = bench.caution if spare_massive else Caution(mean_free=bench.caution.mean_free)
     acting = [law for law in term.laws.values() if not law.is_idle]
-    if not caution.is_needed or all(isinstance(law, Mask) and _takes_all(law) for law in acting):
+    if not caution.is_needed or all(isinstance(law, Mask) and law.takes_all for law in acting):
         return term
     laws = {route: _careful(route, law, caution) for route, law in term.laws.items()}
     if acting and all(law.is_idle for law in laws.values()):
@@ -66,18 +65,13 @@ def _careful(route: Route, law: Acting, caution: Caution) -> Acting:
         return law
     if isinstance(law, Law):
         return law if law.is_idle else replace(law, gain=_without(law.gain, dims, caution.mean_free))
-    if isinstance(law, Mask) and dims and not _takes_all(law):
+    if isinstance(law, Mask) and dims and not law.takes_all:
         scale, shift = law.scale.clone(), law.shift.clone()
         scale[:, list(dims)], shift[:, list(dims)] = 1.0, 0.0
         return replace(law, scale=scale, shift=shift)
     if isinstance(law, Turn):
         return replace(law, plane=torch.stack([_plane(b_2E, dims, caution.mean_free) for b_2E in law.plane]))
     return law
-
-
-def _takes_all(mask: Mask) -> bool:
-    """Whether nothing of the site is left."""
-    return bool(((mask.scale == 0) & (mask.shift == 0) & (mask.low == -math.inf) & (mask.high == math.inf)).all())
 
 
 def _without(rows_RE: Tensor, dims: Sequence[int], mean_free: bool) -> Tensor:
