@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import operator
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,6 +30,7 @@ from steering.demo.judges import JUDGES
 from steering.errors import SpecError
 from steering.evaluation.entries import ENTRIES, Entry, Task
 from steering.evaluation.metrics import distinct, perplexity, wilson
+from steering.evaluation.speed import rate
 from steering.plan import Plan
 from steering.plant.capture import capture_means, state_sites
 from steering.plant.plant import Plant
@@ -206,15 +206,13 @@ def _effect(entry: Entry, asked: _Asked, results: list[Finished]) -> tuple[float
 
 def _speed(engine: Engine, catalogue: Catalogue, ids: Sequence[tuple[int, ...]], program: Program) -> float:
     """Tokens per second of a batch that generates its full length, steered ÷ unsteered, median of interleaved runs."""
+    prompts = [ids[i % len(ids)] for i in range(catalogue.batch)]
 
-    def seconds(one: Program) -> float:
-        sampling = Sampling(max_tokens=catalogue.max_tokens, temperature=0.0, ignore_eos=True)
-        asked = [Request(f"cost-{i}", ids[i % len(ids)], sampling, one) for i in range(catalogue.batch)]
-        start = time.perf_counter()
-        engine.generate(asked)
-        return time.perf_counter() - start
+    def ratio() -> float:
+        plain, steered = (rate(engine, prompts, each, catalogue.max_tokens) for each in ([], [program]))
+        return steered / plain
 
-    return median(seconds(Program()) / seconds(program) for _ in range(COST_RUNS))
+    return median(ratio() for _ in range(COST_RUNS))
 
 
 class RandomBench:

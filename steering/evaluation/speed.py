@@ -75,10 +75,8 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
     """Steered ÷ unsteered throughput, one row for each case of `load`."""
     slots = max(*load.programs, load.batch)
     length = load.prompt_tokens + load.max_tokens
-    engine = Engine(
-        plant,
-        EngineSettings(max_batch=load.batch, program_slots=slots, max_len=length, queue_limit=2 * slots + load.batch),
-    )
+    engine = Engine(plant, EngineSettings(max_batch=load.batch, program_slots=slots, max_len=length))
+    vocabulary = min(plant.vocab, 1000) - 3
     found = []
     try:
         for done, (n_programs, n_interventions) in enumerate(load.cases):
@@ -86,10 +84,14 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
                 progress(f"{n_programs} programs, {n_interventions} interventions", done / len(load.cases))
             n = max(load.batch, n_programs)
             programs = [program(plant, seed, n_interventions) for seed in range(n_programs)]
-            rate(engine, load, n, programs, tokens=4)  # programs become resident, taps are installed
+            prompts = [tuple((7 * i + j) % vocabulary + 3 for j in range(load.prompt_tokens)) for i in range(n)]
+            rate(engine, prompts, programs, 1)  # programs become resident, taps are installed
             pairs = []
             for i in range(load.repeats):
-                runs = [rate(engine, load, n, each) for each in (([], programs) if i % 2 else (programs, []))]
+                runs = [
+                    rate(engine, prompts, each, load.max_tokens)
+                    for each in (([], programs) if i % 2 else (programs, []))
+                ]
                 pairs.append(tuple(runs if i % 2 else reversed(runs)))
             ratios = [steered / plain for plain, steered in pairs]
             plain, steered = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
@@ -105,26 +107,19 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
     return found
 
 
-def rate(engine: Engine, load: Load, n: int, programs: Sequence[Program], *, tokens: int | None = None) -> float:
-    """Generated tokens per second of `n` requests on an engine that is stepped here, prompts included."""
-    left = n
+def rate(engine: Engine, prompts: Sequence[tuple[int, ...]], programs: Sequence[Program], tokens: int) -> float:
+    """Generated tokens per second of one request a prompt, each `tokens` long, prompts included.
 
-    def deliver(event: object) -> None:
-        nonlocal left
-        left -= not hasattr(event, "token")
-
-    count = tokens or load.max_tokens
-    sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
-    vocabulary = min(engine.plant.vocab, 1000) - 3
+    Request i has program i mod n, or none where there is no program.
+    """
+    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    requests = [
+        Request(f"rate-{i}", prompt, sampling, programs[i % len(programs)] if programs else Program())
+        for i, prompt in enumerate(prompts)
+    ]
     start = time.perf_counter()
-    for i in range(n):
-        prompt = tuple((7 * i + j) % vocabulary + 3 for j in range(load.prompt_tokens))
-        engine.submit(
-            Request(str(i), prompt, sampling, programs[i % len(programs)] if programs else Program()), deliver
-        )
-    while left:
-        engine.step()
-    return n * count / (time.perf_counter() - start)
+    engine.generate(requests)
+    return len(requests) * tokens / (time.perf_counter() - start)
 
 
 def program(plant: Plant, seed: int, interventions: int = 1) -> Program:
