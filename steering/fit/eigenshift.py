@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from steering.artifact import checked_name
 from steering.errors import SpecError
 from steering.fit.concept import (
-    FitSettings,
     PositionRule,
     Progress,
     auroc,
@@ -41,6 +40,7 @@ from steering.fit.concept import (
     provenance,
 )
 from steering.fit.examples import Example, checked_classes
+from steering.fit.settings import ReadsExamples
 from steering.plan import MAX_RANK, EigenshiftPlan, Selection
 from steering.plant.capture import Pause, capture_each
 from steering.plant.plant import Plant
@@ -56,7 +56,7 @@ Encoded = tuple[list[int], Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EigenshiftSettings:
+class EigenshiftSettings(ReadsExamples):
     """How the components are chosen. Raises SpecError for impossible values."""
 
     selection: Selection = "separation"
@@ -76,10 +76,6 @@ class EigenshiftSettings:
         if isinstance(self.components, bool) or not 1 <= self.components <= MAX_RANK:
             raise SpecError("components", expected=f"1 to {MAX_RANK}", got=self.components)
         self.reading()
-
-    def reading(self) -> FitSettings:
-        """The part that says what is read, as a concept's settings hold it."""
-        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from steering.artifact import checked_name
 from steering.errors import ControlError, SpecError
-from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
+from steering.fit.concept import PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
 from steering.fit.quality import FITTED_ONLY
-from steering.fit.settings import chosen_blocks
+from steering.fit.settings import ReadsExamples, chosen_blocks
 from steering.fit.units import ordinary, without_position_0
 from steering.plan.base import MAX_RANK
 from steering.plan.heads import HeadProbe, HeadsPlan
@@ -45,7 +45,7 @@ NEWTON_STEPS, NEWTON_TOLERANCE = 50, 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsSettings:
+class HeadsSettings(ReadsExamples):
     """How heads are probed. Raises SpecError for impossible values."""
 
     probe: HeadProbe = "mean_difference"
@@ -77,10 +77,6 @@ class HeadsSettings:
         self.chosen(plant.depth)
         if plant.heads.count > MAX_RANK:
             raise SpecError("layers", expected=f"a model with at most {MAX_RANK} heads a block", got=plant.heads.count)
-
-    def reading(self) -> FitSettings:
-        """The part that says what is read, as a concept's settings hold it."""
-        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from steering.artifact import checked_name
 from steering.errors import SpecError
-from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
+from steering.fit.concept import PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
 from steering.fit.quality import FITTED_ONLY
 from steering.fit.sensitivity import Answers, Varied, eigenscore, varied_states
-from steering.fit.settings import chosen_blocks
+from steering.fit.settings import ReadsExamples, chosen_blocks
 from steering.fit.units import aurocs, massive_units, ordinary, without_position_0
 from steering.plan.neurons import MAX_UNITS, NeuronScore, NeuronSite, NeuronsPlan
 from steering.plant.capture import Pause, capture_each
@@ -46,7 +46,7 @@ GROUP_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronsSettings:
+class NeuronsSettings(ReadsExamples):
     """Which units are stored. Raises SpecError for impossible values."""
 
     method: NeuronScore = "auroc"
@@ -100,10 +100,6 @@ class NeuronsSettings:
         """Raises SpecError for a block, PlantError for a site that the model does not have."""
         for layer in self.chosen(plant.depth):
             plant.width_of(Site(self.place, layer))
-
-    def reading(self) -> FitSettings:
-        """The part that says what is read, as a concept's settings hold it."""
-        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 @dataclass(eq=False)

@@ -24,7 +24,6 @@ from steering.artifact import MAX_BYTES, checked_name
 from steering.errors import SpecError
 from steering.fit.autoencoder import CHUNK, Activity, Fidelity, Training, fidelity, random_features, selectivity, train
 from steering.fit.concept import (
-    FitSettings,
     PositionRule,
     Progress,
     auroc,
@@ -35,7 +34,7 @@ from steering.fit.concept import (
 )
 from steering.fit.examples import Example, checked_classes
 from steering.fit.quality import FITTED_ONLY
-from steering.fit.settings import chosen_blocks
+from steering.fit.settings import ReadsExamples, chosen_blocks
 from steering.fit.units import aurocs
 from steering.plan import MAX_RANK, SaePlan
 from steering.plan.sae import Autoencoder, SaeTap
@@ -53,7 +52,7 @@ DEAD = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(ReadsExamples):
     """What training autoencoders needs. Raises SpecError for impossible values.
 
     Described in their metadata: of docstrings under fields, the schema finds only those of a kind's own class.
@@ -121,10 +120,6 @@ class TrainingSettings:
         """The part that trains one autoencoder."""
         m = min(4 * width, 512) if self.features is None else self.features
         return Training(features=m, l1=self.l1, steps=self.steps, lr=self.lr, batch=self.batch, seed=self.seed)
-
-    def reading(self) -> FitSettings:
-        """The part that says what is read, as a concept's settings hold it."""
-        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 @dataclass(frozen=True, kw_only=True)

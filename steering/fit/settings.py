@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steering.errors import SpecError
+from steering.fit.concept import FitSettings, PositionRule
+
+
+class ReadsExamples:
+    """Settings with `positions` and `skip`, which say what is read of an example."""
+
+    positions: PositionRule
+    skip: int
+
+    def reading(self) -> FitSettings:
+        """The part that says what is read, as a concept's settings hold it. Raises SpecError for impossible values."""
+        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 def chosen_blocks(layers: Sequence[int] | None, depth: int, usual: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from steering.artifact import MAX_BYTES, checked_name
 from steering.errors import SpecError
-from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, part_of, provenance
+from steering.fit.concept import PositionRule, Progress, encode_class, part_of, provenance
 from steering.fit.examples import Example, checked_classes
-from steering.fit.settings import chosen_blocks
+from steering.fit.settings import ReadsExamples, chosen_blocks
 from steering.plan import MAX_RANK, SubspacePlan
 from steering.plant.capture import Pause, capture_each
 from steering.plant.massive import are_massive
@@ -35,7 +35,7 @@ from steering.types import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubspaceSettings:
+class SubspaceSettings(ReadsExamples):
     """What a subspace plan holds. Raises SpecError for impossible values."""
 
     layers: tuple[int, ...] | None = None
@@ -67,10 +67,6 @@ class SubspaceSettings:
     def for_model(self, plant: Plant) -> None:
         """Raises SpecError for a block that the model does not have."""
         self.chosen(plant.depth)
-
-    def reading(self) -> FitSettings:
-        """The part that says what is read, as a concept's settings hold it."""
-        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 class Moments:

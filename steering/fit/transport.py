@@ -34,10 +34,10 @@ from transformers import PreTrainedModel
 
 from steering.artifact import checked_name
 from steering.errors import SpecError
-from steering.fit.concept import FitSettings, PositionRule, Progress, encode_class, held_out, part_of, provenance
+from steering.fit.concept import PositionRule, Progress, encode_class, held_out, part_of, provenance
 from steering.fit.examples import Example, checked_classes
 from steering.fit.quality import FITTED_ONLY
-from steering.fit.settings import chosen_blocks
+from steering.fit.settings import ReadsExamples, chosen_blocks
 from steering.plan import TransportForm, TransportPlan, TransportSite
 from steering.plant.capture import Pause, capture_means
 from steering.plant.plant import Plant
@@ -51,7 +51,7 @@ EVERYTHING = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransportSettings:
+class TransportSettings(ReadsExamples):
     """How the maps are fitted. Raises SpecError for impossible values."""
 
     layers: tuple[int, ...] | None = None
@@ -95,10 +95,6 @@ class TransportSettings:
     def for_model(self, plant: Plant) -> None:
         """Raises SpecError for a block that the model does not have."""
         self.chosen(plant.depth)
-
-    def reading(self) -> FitSettings:
-        """The part that says what is read, as a concept's settings hold it."""
-        return FitSettings(positions=self.positions, skip=self.skip)
 
 
 class Map(NamedTuple):
