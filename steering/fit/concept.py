@@ -285,15 +285,22 @@ def gains_along(
         stream = (A for _, A in linear.jacobians(layers, progress=progress))
         w_LD = regulate_along(stream, v_LD, weights, last_layer=layers[-1])
     else:
-        done = 0
-
-        def pull(layer: int, W_KD: Tensor) -> Tensor:
-            nonlocal done
-            done += 1
-            progress(done, len(layers))
-            return linear.vjp(layer, W_KD)
-
-        w_LD = output_regulate(pull, v_LD, weights, layers).w_LD
+        w_LD = output_regulate(_reported(linear, len(layers), progress), v_LD, weights, layers).w_LD
     whole = torch.zeros(direction_LD.shape[0] - 1, direction_LD.shape[1])
     whole[layers.start : layers.stop] = w_LD.float()
     return whole
+
+
+def _reported(
+    linear: Linearisation, n_layers: int, progress: Callable[[int, int], None]
+) -> Callable[[int, Tensor], Tensor]:
+    """The products of a recursion over `n_layers`, reported as parts of the most that it can take."""
+    rows, most = 0, n_layers * (n_layers + 1) // 2
+
+    def pull(layer: int, W_KD: Tensor) -> Tensor:
+        nonlocal rows
+        before = rows
+        rows += len(W_KD)
+        return linear.vjp(layer, W_KD, progress=lambda done, of: progress(before * of + len(W_KD) * done, most * of))
+
+    return pull

@@ -123,11 +123,12 @@ def _run(
     """Run all prompts; give `keep` (site, prompt, its selected rows (tokens, width)) as soon as they are computed."""
     runs = plant.shell() if shell is None else shell
     part: list[int] = []
+    indices: list[Tensor] = []  # on the device once a batch: a copy at each site would stop a GPU every time
 
     def sort(site: Site) -> Callable[[Tensor], None]:
         def hook(x_BTD: Tensor) -> None:
-            for x_TD, n in zip(x_BTD, part, strict=True):
-                keep(site, n, x_TD[chosen[n].to(x_TD.device)])
+            for x_TD, n, chosen_T in zip(x_BTD, part, indices, strict=True):
+                keep(site, n, x_TD[chosen_T])
             if pause is not None:
                 pause()
 
@@ -139,6 +140,7 @@ def _run(
     try:
         while done < len(order):
             part[:] = _next_batch(prompts, order[done : done + batch])
+            indices[:] = [chosen[n].to(plant.device) for n in part]
             ids_BT, mask_BT = _padded([prompts[n] for n in part], plant.device)
             with torch.no_grad():
                 runs.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)

@@ -8,6 +8,10 @@ bfloat16. float16 cannot hold every bfloat16: there `Plant.load` takes the finge
 Models of up to 2²⁴ parameters are hashed whole. Of larger ones, tensors of more than 2¹⁶ values give 64 evenly spaced
 runs of 1024: every fine-tuned matrix shows, a single edited weight may not.
 
+A quantised model is another function and has another identity: that of the tensors its checkpoint stores, with their
+names in it, and of the quantisation's name. Not of the quantised weights in memory, which devices pack each their own
+way and round each their own way.
+
 Depends on: weights, tying, family, heads, rotary settings, norm epsilon, soft caps, windows, activation, scales.
 Does not depend on: dtype, device, attention implementation, path, tokenizer, generation settings, library version.
 """
@@ -16,8 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -60,6 +70,24 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in parameters:
         digest.update(f"\n{name} {tuple(parameter.shape)} ".encode())
         digest.update(_content(parameter.detach(), whole))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def stored_fingerprint(files: Iterable[Path], config: PreTrainedConfig, quantization: str) -> str:
+    """The identity of a model that is quantised, on loading or as it is stored in these safetensors files."""
+    digest = hashlib.sha256(_settings(config) + f"\nquantised: {quantization}".encode())
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    sizes: dict[str, int] = {}
+    with ExitStack() as stack:
+        for file in files:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            tensors |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+            sizes |= {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        whole = sum(sizes.values()) <= WHOLE_MODEL
+        for name in sorted(tensors):
+            values = tensors[name]()
+            digest.update(f"\n{name} {tuple(values.shape)} ".encode())
+            digest.update(_content(values, whole))
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -10,6 +10,7 @@ so that the engine, a fit in the background and a Jacobian do not see each other
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,17 +20,20 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from steering.errors import PlantError, echo
-from steering.plant.fingerprint import fingerprint
+from steering.plant.fingerprint import fingerprint, stored_fingerprint
 from steering.plant.layouts import LAYOUTS, Layout, layout_of
 from steering.plant.massive import Caution, Massive, find_massive
-from steering.plant.taps import TapFn, linear_weight, linears_at, site_width, tap
+from steering.plant.quantised import NONE, as_numbers, chosen, hidden_tensors, is_quantised, quantised_maps, settle
+from steering.plant.taps import TapFn, build_in, linear_weight, linears_at, site_width, tap
 from steering.types import Site
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -77,6 +81,7 @@ class Plant:
         self.name = name or str(model.config._name_or_path)
         self._tokenizer = tokenizer
         self._fingerprint = fingerprint
+        self._widths: dict[Site, int] = {}
         config = model.config.get_text_config()
         self.depth = int(config.num_hidden_layers)
         """L, the number of blocks."""
@@ -96,14 +101,18 @@ class Plant:
         dtype: Dtype = "auto",
         attn: str | None = None,
         revision: str | None = None,
+        quantization: str = NONE,
     ) -> Plant:
         """Load a causal language model and its tokenizer from a folder or a hub name.
 
         `dtype="auto"` keeps the checkpoint's number format. `attn` is the attention implementation; None leaves
         transformers' choice (sdpa where the family has it, else eager). Code shipped with a checkpoint is never run.
+        `quantization` is a name of `steering.plant.quantised.SCHEMES`, for the linear maps of a checkpoint that is not
+        quantised; one that is loads as it is stored.
 
         Raises PlantError, in one sentence, if there is no such model, its architecture is not supported, its files are
-        damaged, its tokenizer is missing, or the device or dtype does not exist.
+        damaged, its tokenizer is missing, the device, dtype or quantization does not exist, or a package that the
+        quantization needs is not installed.
         """
         name = os.fspath(model)
         target = _device(device)
@@ -122,12 +131,25 @@ class Plant:
                 f"{', '.join(sorted(LAYOUTS))}.",
                 param="model",
             )
-        loaded = _weights(name, revision, dtype)
-        # float16 cannot hold every value of the checkpoint, and its rounding would change the fingerprint.
-        identity = fingerprint(_weights(name, revision, "auto") if dtype == "float16" else loaded)
+        scheme, quantiser = chosen(name, quantization, dtype, config)
+        if scheme == NONE:
+            loaded = _weights(name, revision, dtype)
+            # float16 cannot hold every value of the checkpoint, and its rounding would change the fingerprint.
+            identity = fingerprint(_weights(name, revision, "auto") if dtype == "float16" else loaded)
+            loaded.to(target)
+        else:
+            loaded = _weights(name, revision, dtype, device_map={"": target}, quantization_config=quantiser)
+            if next(quantised_maps(loaded), None) is None:
+                raise PlantError(
+                    f"Nothing of {echo(name)} is quantised by {scheme!r}: it finds no linear map in this architecture; "
+                    "choose another quantization.",
+                    param="quantization",
+                )
+            settle(loaded)
+            identity = stored_fingerprint(_files(name, revision), config, scheme)
         if attn is not None and attn != "sdpa":  # transformers chose sdpa already wherever the family has it
             _attend(loaded, attn)
-        return cls(loaded.to(target), _tokenizer(name, revision), fingerprint=identity, name=name)
+        return cls(loaded, _tokenizer(name, revision), fingerprint=identity, name=name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,17 +187,21 @@ class Plant:
 
     def width_of(self, site: Site) -> int:
         """Width of the tensor at `site`. Raises PlantError if the model has no such site."""
-        return site_width(self.model, self.layout, site)
+        if site not in self._widths:  # remembered: looking takes 70 us, and every request asks for each of its routes
+            self._widths[site] = site_width(self.model, self.layout, site)
+        return self._widths[site]
 
     def linears_at(self, site: Site) -> list[Tensor]:
-        """The weights (E_out, E_in) of the linear maps that read `site`, float32 on the CPU.
+        """The weights (E_out, E_in) of the linear maps that read `site`, float32 on the CPU; of quantised ones too.
 
-        Raises PlantError where none does, or where the model stores them quantised.
+        Raises PlantError where none does, or where quantised ones cannot be run.
         """
-        weights = [linear_weight(module) for module in linears_at(self.model, self.layout, site)]
-        if any(weight.ndim != 2 or not weight.is_floating_point() for weight in weights):
-            raise PlantError(f"The weights that read {site} are quantised: this needs them as numbers.", param="model")
-        return [weight.detach().float().cpu() for weight in weights]
+        return [
+            as_numbers(module, self.dtype, torch.float32).cpu()
+            if is_quantised(module)
+            else linear_weight(module).detach().float().cpu()
+            for module in linears_at(self.model, self.layout, site)
+        ]
 
     @property
     def heads(self) -> Heads:
@@ -192,7 +218,8 @@ class Plant:
         "eager". Hooks of `model` are not carried over.
         Raises PlantError if the model does not have this attention.
         """
-        memo: dict[int, Any] = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        shared = (*self.model.parameters(), *self.model.buffers(), *hidden_tensors(self.model))
+        memo: dict[int, Any] = {id(t): t for t in shared}
         for module in self.model.modules():
             memo |= {id(hooks): OrderedDict() for name in _HOOKS if (hooks := module.__dict__[name])}
         shell: PreTrainedModel = copy.deepcopy(self.model, memo)
@@ -206,6 +233,10 @@ class Plant:
     def tap(self, shell: nn.Module, site: Site, fn: TapFn) -> RemovableHandle:
         """`steering.plant.taps.tap` with this plant's layout, on one of its shells."""
         return tap(shell, self.layout, site, fn)
+
+    def build_in(self, shell: nn.Module, layer: int, fn: TapFn) -> None:
+        """`steering.plant.taps.build_in` with this plant's layout, on one of its shells."""
+        build_in(shell, self.layout, layer, fn)
 
     def encode(self, prompt: str | Sequence[Message], *, open_end: bool = False, answer: bool = False) -> list[int]:
         """Token ids of a text (with the tokenizer's special tokens) or of a chat.
@@ -266,11 +297,15 @@ def _attend(model: PreTrainedModel, attn: str) -> None:
         ) from error
 
 
-def _weights(name: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
-    """The checkpoint's model on the CPU. Raises PlantError if it cannot be loaded, or not all of it."""
+def _weights(name: str, revision: str | None, dtype: Dtype, **quantised: Any) -> PreTrainedModel:
+    """The checkpoint's model, on the CPU unless it is loaded `quantised`.
+
+    Raises PlantError if it cannot be loaded, or not all of it.
+    """
+    given = {key: value for key, value in quantised.items() if value is not None}
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            name, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False, **given
         )
     except _UNLOADABLE as error:
         raise _not_loaded(name, error) from error
@@ -282,6 +317,20 @@ def _weights(name: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
             param="model",
         )
     return cast(PreTrainedModel, loaded)
+
+
+def _files(name: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a checkpoint that has been loaded. Raises PlantError if it has none."""
+    folder = Path(name if os.path.isdir(name) else snapshot_download(name, revision=revision, local_files_only=True))
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():
+        return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+    if not (folder / SAFE_WEIGHTS_NAME).exists():
+        raise PlantError(
+            f"The model {echo(name)} has no safetensors files, which a quantised model is identified by: convert it.",
+            param="model",
+        )
+    return [folder / SAFE_WEIGHTS_NAME]
 
 
 def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from steering.concept import Concept
 from steering.control import Weights, regulate
 from steering.errors import ControlError, PlantError, SpecError
 from steering.fit import FitSettings, difference_of_means, fit_concept
-from steering.fit.concept import auroc, data_hash
+from steering.fit.concept import auroc, data_hash, gains_along
 from steering.plant.capture import capture_means, state_sites
 from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
+from steering.types import Gains
 from tests.control.cases import directions
 from tests.plants import WIDTH, tiny, tiny_tokenizer
 from tests.tolerances import CORE
@@ -286,6 +288,41 @@ def test_progress_runs_from_start_to_end(plant: Plant) -> None:
         "gains (dense)",
         "gains (matrix_free)",
     ]
+
+
+@pytest.mark.parametrize("kind", ["dense", "matrix_free"])
+def test_progress_is_finer_than_a_layer(kind: Gains, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steering.plant.jacobian.PIECE_FLOP_CPU", 0.0)
+    monkeypatch.setattr("steering.plant.jacobian.LEAST_ROWS", 4)  # two rows of each of two prompts
+    seen: list[float] = []
+    line = Linearisation(plant, [[1, 8, 10], [1, 9, 12, 14]])
+    v_LD = torch.nn.functional.normalize(torch.randn(LAYERS + 1, plant.width), dim=1)
+    gains_along(line, kind, v_LD, Weights(), range(LAYERS), lambda done, of: seen.append(done / of))
+    assert len(seen) > LAYERS
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["dense", "matrix_free"])
+def test_memory_does_not_grow_with_the_depth(kind: Gains) -> None:
+    """Matrices of D rows or more that are alive beside the model's, at the worst moment of a fit."""
+
+    def most(layers: int) -> int:
+        deep = Plant(tiny("llama", layers=layers))
+        line = Linearisation(deep, [[1, 8, 10], [1, 9, 12, 14]])
+        v_LD = torch.nn.functional.normalize(torch.randn(layers + 1, deep.width), dim=1)
+        before = matrices(deep.width)
+        alive: list[int] = []
+        gains_along(line, kind, v_LD, Weights(), range(layers), lambda *_: alive.append(matrices(deep.width) - before))
+        return max(alive)
+
+    assert most(8) == most(3) <= (8 if kind == "dense" else 0)
+
+
+def matrices(width: int) -> int:
+    """Tensors (…, width, width) and larger that Python can reach; each storage once."""
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return len({t.data_ptr() for t in tensors if t.dim() > 1 and min(t.shape[-2:]) >= width})
 
 
 def test_what_progress_raises_ends_the_fit(plant: Plant) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import DimensionMismatch, PlantError
+from steering.plant import jacobian
 from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
 from steering.types import Site
@@ -101,6 +102,20 @@ def test_products_are_products_with_the_jacobian(plant: Plant) -> None:
     assert line.products == WIDTH * 3 + 3 * 5 * 3
 
 
+def test_prompts_in_one_batch_are_the_prompts_alone(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths 1 to 14 beside each other, in a batch of all and in batches of two: pads change nothing."""
+    mixed = [*PROMPTS, PROMPTS[0][:1], PROMPTS[0][:9]]
+    alone = torch.stack([Linearisation(plant, [prompt]).jacobian(1) for prompt in mixed]).mean(0)
+    assert error(Linearisation(plant, mixed).jacobian(1), alone) < PLANT["jacobian_float32"]
+    monkeypatch.setattr(jacobian, "GROUP", 2)
+    line = Linearisation(plant, mixed)
+    assert error(line.jacobian(1), alone) < PLANT["jacobian_float32"]
+    assert error(line.jacobian(1, "jvp"), alone) < PLANT["jacobian_float32"]
+    assert line.products == 2 * WIDTH * 5
+    x_1D = line.states_PLD[4, 1][None]
+    torch.testing.assert_close(line.step(1, 4, x_1D)[0], line.states_PLD[4, 2], **PLANT["float32"])
+
+
 @pytest.mark.parametrize("method", ["vjp", "jvp"])
 def test_chunks_change_nothing(plant: Plant, method: Any) -> None:
     line = Linearisation(plant, PROMPTS)
@@ -131,9 +146,10 @@ def test_a_single_token_has_no_prefix(plant: Plant) -> None:
 def test_layers_come_from_the_last_backward(plant: Plant) -> None:
     line = Linearisation(plant, PROMPTS)
     calls: list[tuple[int, int]] = []
-    found = list(line.jacobians(progress=lambda done, total: calls.append((done, total))))
+    found = list(line.jacobians(chunk=WIDTH // 2, progress=lambda done, total: calls.append((done, total))))
     assert [layer for layer, _ in found] == [2, 1, 0]
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    piece = WIDTH // 2 * len(PROMPTS)  # progress is finer than a layer
+    assert calls == [(n * piece, 6 * piece) for n in range(1, 7)]
     assert torch.equal(found[1][1], line.jacobian(1))
     assert [layer for layer, _ in line.jacobians([0, 2])] == [2, 0]
 
@@ -172,9 +188,9 @@ def test_refusals(plant: Plant) -> None:
             line.vjp(0, torch.zeros(shape))
 
 
-def test_a_pause_comes_after_every_prompt_and_every_chunk(plant: Plant) -> None:
+def test_a_pause_comes_after_every_prompt_and_every_piece(plant: Plant) -> None:
     pauses: list[None] = []
     line = Linearisation(plant, PROMPTS, pause=lambda: pauses.append(None))
     assert len(pauses) == len(PROMPTS)
     line.jacobian(1, chunk=plant.width // 2)
-    assert len(pauses) == len(PROMPTS) * 3
+    assert len(pauses) == len(PROMPTS) + 2
