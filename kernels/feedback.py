@@ -19,8 +19,8 @@ Arithmetic is in float32 (float64 where y is float64), and y is rounded once. Th
 * a token's result does not depend on which other tokens are in the batch;
 * overflow stays visible: without a cap or budget, an immense setpoint gives ρ = inf instead of a plausible number.
 
-`reference` defines the operator and is its implementation on a CPU; `kernels._launch` holds the Triton kernel, one
-launch for the whole batch, imported by the first call on a GPU.
+`reference` defines the operator and is its implementation on a CPU without numba; `kernels._feedback_cpu` is compiled
+for a CPU, `kernels._launch` holds the Triton kernel, one launch for the whole batch. Each is imported by its first use.
 Legend: T tokens · D width of the read site · E width of the write site · R channels · S program slots.
 """
 
@@ -226,33 +226,6 @@ def _control(
         put(saturated_T, take(saturated_T) | bites_TR.any(1))
 
 
-def plain_feedback_(
-    y_TE: Tensor,
-    x_TD: Tensor,
-    probe_TRD: Tensor,
-    gain_TRE: Tensor,
-    setpoint_TR: Tensor,
-    strength_TR: Tensor,
-    measured_TR: Tensor,
-    effort_T: Tensor,
-) -> None:
-    """What `feedback_` does, bit for bit, where every token has a program and nothing bounds or bends it; on a CPU.
-
-    For tokens that all have an active channel, and channels without limit, cap, budget, knee and relative setpoint: the
-    case of decode steps, in which the bank's rows can be gathered once for many steps. A third of the operations, which
-    is what a small batch costs on a CPU; a GPU runs one kernel in either case. `spent` is not kept, since no budget
-    asks for it. Arguments as of `feedback_`; probe_TRD and gain_TRE are the tokens' own rows of the bank.
-    """
-    x = x_TD.to(torch.float64 if y_TE.dtype == torch.float64 else torch.float32)
-    z_TR = (x.unsqueeze(1) * probe_TRD).sum(-1)
-    size_T1 = _norm(x).clamp_min_(TINY)  # before y is written, which may be x
-    measured_TR.copy_(z_TR)
-    spend_TR = (setpoint_TR - z_TR).mul_(strength_TR)
-    u_TE = (spend_TR.unsqueeze(2) * gain_TRE).sum(1)
-    y_TE += u_TE
-    effort_T += _norm(u_TE).div_(size_T1).squeeze(1)
-
-
 def _norm(rows_TE: Tensor) -> Tensor:
     """‖row‖ (T, 1). Squares in the working precision: an overflow must be seen."""
     return torch.linalg.vector_norm(rows_TE, dim=-1, keepdim=True)
@@ -282,6 +255,15 @@ def check_shapes(bank: tuple[Tensor, ...], tokens: tuple[Tensor, ...]) -> None:
         )
 
 
+def _on_cpu(y_TE: Tensor, x_TD: Tensor, slot_T: Tensor, probe_SRD: Tensor, gain_SRE: Tensor, *others: Tensor) -> None:
+    """The compiled function, found at the first use: importing numba takes time. `reference` where it serves not."""
+    from kernels._cpu import law
+
+    run = law(slot_T, probe_SRD.to(others[0].dtype), gain_SRE.to(others[0].dtype), *others)
+    if run is None or not run(y_TE, x_TD):
+        reference(y_TE, x_TD, slot_T, probe_SRD, gain_SRE, *others)
+
+
 def _on_gpu(*arguments: Tensor) -> None:
     """The Triton kernel, found at the first use: Triton is a package for Linux only."""
     from kernels._launch import launch
@@ -294,6 +276,6 @@ _feedback = define(
     "Tensor limit_SR, Tensor knee_SR, Tensor floor_SR, Tensor relative_SR, Tensor setpoint_TR, Tensor strength_TR, "
     "Tensor cap_TR, Tensor budget_T, Tensor(b!) spent_T, Tensor(c!) measured_TR, Tensor(d!) effort_T, "
     "Tensor(e!) saturated_T) -> ()",
-    reference,
+    _on_cpu,
     _on_gpu,
 )

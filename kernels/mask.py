@@ -7,8 +7,8 @@ and y ← y + f d under the bounds of `kernels._bound`, whose promises hold. The
 so that s = b = 0 and a = 1 leave exactly 0. Dropped neurons and heads (s = b = 0), layers left out, and transport of
 coordinates inside their support (Linear-AcT, arXiv:2410.23054) are masks.
 
-Cost: five rows read and one written a token and edit; compare `y.mul_(s)`. `reference` defines the operator and is its
-implementation on a CPU; the Triton kernel is in `kernels._edits`.
+Cost: five rows read and one written a token and edit; compare `y.mul_(s)`. `reference` defines the operator; compiled
+for a CPU it is in `kernels._edits_cpu`, the Triton kernel is in `kernels._edits`.
 """
 
 from __future__ import annotations
@@ -118,6 +118,15 @@ def check_shapes(
     check_bank(f"scale, shift, low and high must be (S, M, E) = {want}", (want,) * 4, bank)
 
 
+def _on_cpu(y_TE: Tensor, *arguments: Tensor) -> None:
+    """The compiled function, found at the first use: importing numba takes time. `reference` where it serves not."""
+    from kernels._cpu import mask_edit
+
+    run = mask_edit(*arguments)
+    if run is None or not run(y_TE, y_TE):
+        reference(y_TE, *arguments)
+
+
 def _on_gpu(*arguments: Tensor) -> None:
     """The Triton kernel, found at the first use: Triton is a package for Linux only."""
     from kernels._edits import launch_mask
@@ -129,6 +138,6 @@ _mask = define(
     "mask_(Tensor(a!) y_TE, Tensor slot_T, Tensor scale_SME, Tensor shift_SME, Tensor low_SME, Tensor high_SME, "
     "Tensor channel_SM, Tensor strength_TR, Tensor cap_TR, Tensor budget_T, Tensor(b!) spent_T, Tensor(c!) "
     "measured_TR, Tensor(d!) effort_T, Tensor(e!) saturated_T) -> ()",
-    reference,
+    _on_cpu,
     _on_gpu,
 )

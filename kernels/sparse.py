@@ -10,8 +10,8 @@ its columns. w = 1 is TEAL (arXiv:2408.14690), the norms of the next map's colum
 low-rank rest of R-Sparse (arXiv:2504.19449).
 
 Cost: two rows read and one written a token and edit, K more of R twice; the count-th largest score costs 31 passes over
-registers on a GPU, a partial sort on a CPU. `reference` defines the operator and is its implementation on a CPU; the
-Triton kernel is in `kernels._edits`.
+registers on a GPU, a dozen over the row on a CPU. `reference` defines the operator; compiled for a CPU it is in
+`kernels._edits_cpu`, the Triton kernel is in `kernels._edits`.
 """
 
 from __future__ import annotations
@@ -143,6 +143,15 @@ def check_shapes(
     )
 
 
+def _on_cpu(y_TE: Tensor, *arguments: Tensor) -> None:
+    """The compiled function, found at the first use: importing numba takes time. `reference` where it serves not."""
+    from kernels._cpu import sparse_edit
+
+    run = sparse_edit(*arguments)
+    if run is None or not run(y_TE, y_TE):
+        reference(y_TE, *arguments)
+
+
 def _on_gpu(*arguments: Tensor) -> None:
     """The Triton kernel, found at the first use: Triton is a package for Linux only."""
     from kernels._edits import launch_sparsify
@@ -154,6 +163,6 @@ _sparsify = define(
     "sparsify_(Tensor(a!) y_TE, Tensor slot_T, Tensor weight_SME, Tensor threshold_SM, Tensor count_SM, Tensor "
     "rest_SMKE, Tensor channel_SM, Tensor strength_TR, Tensor cap_TR, Tensor budget_T, Tensor(b!) spent_T, "
     "Tensor(c!) measured_TR, Tensor(d!) effort_T, Tensor(e!) saturated_T) -> ()",
-    reference,
+    _on_cpu,
     _on_gpu,
 )

@@ -9,7 +9,7 @@ y stays for every strength a, unless a bound shortens d. Half angles keep a smal
 An adaptive turn leaves y alone unless c_1 > 0. Angular steering (arXiv:2510.26243) is a = 1.
 
 Cost: three rows read and one written a token and edit; compare the dense rotation, an n×n product. `reference` defines
-the operator and is its implementation on a CPU; the Triton kernel is in `kernels._edits`.
+the operator; compiled for a CPU it is in `kernels._edits_cpu`, the Triton kernel is in `kernels._edits`.
 """
 
 from __future__ import annotations
@@ -125,6 +125,15 @@ def check_shapes(
     check_bank(f"plane and adaptive must be (S, M, 2, E) = {want} and (S, M)", (want, want[:2]), bank)
 
 
+def _on_cpu(y_TE: Tensor, *arguments: Tensor) -> None:
+    """The compiled function, found at the first use: importing numba takes time. `reference` where it serves not."""
+    from kernels._cpu import turn_edit
+
+    run = turn_edit(*arguments)
+    if run is None or not run(y_TE, y_TE):
+        reference(y_TE, *arguments)
+
+
 def _on_gpu(*arguments: Tensor) -> None:
     """The Triton kernel, found at the first use: Triton is a package for Linux only."""
     from kernels._edits import launch_turn
@@ -136,6 +145,6 @@ _turn = define(
     "turn_(Tensor(a!) y_TE, Tensor slot_T, Tensor plane_SM2E, Tensor adaptive_SM, Tensor channel_SM, Tensor "
     "setpoint_TR, Tensor strength_TR, Tensor cap_TR, Tensor budget_T, Tensor(b!) spent_T, Tensor(c!) measured_TR, "
     "Tensor(d!) effort_T, Tensor(e!) saturated_T) -> ()",
-    reference,
+    _on_cpu,
     _on_gpu,
 )

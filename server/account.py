@@ -17,10 +17,19 @@ _LEAST = -9999.0
 
 
 def usage(ends: Sequence[Finished], prompts: Sequence[int]) -> Json:
-    """Tokens in all. A prompt counts once, however many choices continue it: `prompts` indexes one end of each."""
+    """Tokens in all. A prompt counts once, however many choices continue it: `prompts` indexes one end of each.
+
+    `cached_tokens` are those of the prompts that were not computed for this request but taken from the prefix cache.
+    """
     prompt = sum(ends[index].usage.prompt for index in prompts)
     completion = sum(end.usage.completion for end in ends)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = sum(ends[index].usage.cached for index in prompts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def receipt(ends: Sequence[Finished], programs: Sequence[Program], trace: TokenText | None) -> Json:

@@ -49,13 +49,13 @@ def open_store(folder: Path) -> Store:
     return Store(folder, builtin=CONCEPTS)
 
 
-def load_plant(model: str | None, device: str = "auto", dtype: str = "auto") -> Plant:
+def load_plant(model: str | None, device: str = "auto", dtype: str = "auto", quantization: str = "none") -> Plant:
     """The model of a folder or hub id, the embedded one for None. `auto` takes a GPU where there is one.
 
     Raises PlantError.
     """
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return Plant.load(model or MODEL, device=where, dtype=dtype)
+    return Plant.load(model or MODEL, device=where, dtype=dtype, quantization=quantization)
 
 
 def served_name(model: str | None) -> str:
@@ -117,11 +117,16 @@ class Host:
     @classmethod
     def load(cls, settings: ServerSettings) -> Host:
         """Load the model, start its engine and run one token through it. Raises SteeringError."""
-        plant = load_plant(settings.model, settings.device, settings.dtype)
+        plant = load_plant(settings.model, settings.device, settings.dtype, settings.quantization)
         _ = plant.massive  # looked for now: no request waits for it
         name = settings.served_model_name or served_name(settings.model)
         sizes = EngineSettings(
-            max_batch=settings.max_batch, max_len=settings.max_model_len, queue_limit=settings.queue_limit
+            max_batch=settings.max_batch,
+            max_len=settings.max_model_len,
+            kv_tokens=settings.kv_tokens,
+            prefix_cache=settings.prefix_cache,
+            compile=settings.compile,
+            queue_limit=settings.queue_limit,
         )
         engine = Engine(plant, sizes)
         engine.generate([Request("warm-up", (0,), Sampling(max_tokens=1))])

@@ -46,6 +46,9 @@ _COUNTERS = (
     ("prompt_tokens", "Tokens of prompts read.", "prompt_tokens"),
     ("generation_tokens", "Tokens generated.", "generated_tokens"),
     ("engine_steps", "Steps of the engine, each one forward pass over a batch.", "steps"),
+    ("prefix_cache_queries", "Tokens of prompts that could be shared.", "prefix_tokens"),
+    ("prefix_cache_hits", "Tokens of prompts that were taken from the prefix cache.", "cached_tokens"),
+    ("num_preemptions", "Times a request gave its keys and values back to others and was read again.", "preempted"),
     ("steering_saturated_tokens", "Tokens at which the bound on effort cut the control.", "saturated_tokens"),
 )
 

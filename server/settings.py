@@ -43,6 +43,13 @@ class ServerSettings:
     """Requests that run at once."""
     max_model_len: int | None = None
     """Longest prompt and completion together, in tokens; None: the model's context."""
+    kv_tokens: int | None = None
+    """Tokens whose keys and values are kept, of running requests and remembered prompts; None: for max_batch requests
+    of full length, as far as half of the free memory allows."""
+    prefix_cache: bool = True
+    """Whether prompts with the same beginning share its keys and values."""
+    compile: bool = False
+    """Whether torch compiles the feed-forward modules: seconds at the start, for larger models."""
     queue_limit: int = 256
     """Requests that may wait; more are refused with a 429."""
     api_key: str | None = field(default=None, repr=False)
@@ -66,7 +73,7 @@ class ServerSettings:
     tensor_parallel: int = 1
     """Devices that share the model; this version uses one."""
     quantization: str = "none"
-    """Number format of quantized weights; this version has none."""
+    """none, int8, int8-dynamic, fp8, nf4 or int8-outliers: how the linear maps are quantized while they are loaded."""
 
     def __post_init__(self) -> None:
         least_of = {"max_batch": 1, "queue_limit": 1, "body_limit": 1, "upload_limit": 1, "body_seconds": 0.1}
@@ -75,13 +82,14 @@ class ServerSettings:
                 raise SpecError(name, expected=f"a number >= {least}", got=getattr(self, name))
         if not 0 <= self.port <= 65535:
             raise SpecError("port", expected="0 to 65535", got=self.port)
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise SpecError("max_model_len", expected="an integer >= 1", got=self.max_model_len)
+        for name in ("max_model_len", "kv_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SpecError(name, expected="an integer >= 1", got=value)
         for name in ("api_key", "admin_key"):
             key = getattr(self, name)
             if key is not None and not key.strip():
                 raise SpecError(name, expected="a key that is not empty", advice="leave it out to serve without one")
-        for name, only in (("replicas", 1), ("tensor_parallel", 1), ("quantization", "none")):
+        for name, only in (("replicas", 1), ("tensor_parallel", 1)):
             if getattr(self, name) != only:
                 raise SpecError(
                     name, expected=f"{only}", got=getattr(self, name), advice="anything else is not in this version"

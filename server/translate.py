@@ -101,7 +101,7 @@ def generate_call(body: GenerateRequest, host: Host) -> Call:
     if not body.compare:
         return call
     steered = call.requests[0]
-    twin = Request(f"{call.id}-unsteered", steered.prompt, steered.sampling)
+    twin = replace(steered, id=f"{call.id}-unsteered", program=Program(), trace=False)
     return replace(call, requests=(steered, twin))
 
 
@@ -236,7 +236,8 @@ def _call(
                 prompt_logprobs=max(asked) if told else None,
                 grammar=grammar,
             )
-            requests.append(Request(f"{id_}-{len(requests)}", tuple(tokens), sampling, program, trace))
+            name, salt = f"{id_}-{len(requests)}", body.cache_salt or ""
+            requests.append(Request(name, tuple(tokens), sampling, program, trace, salt))
     return Call(
         id_,
         body.model or host.model_id,

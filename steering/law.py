@@ -171,14 +171,6 @@ class Law:
         """Whether it can only measure: no channel has a gain."""
         return not bool(self.gain.any())
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether every channel of some strength is spent, and nothing bounds or bends what it does."""
-        unbounded = bool(torch.isposinf(self.limit).all() and torch.isposinf(self.cap[self.strength != 0]).all())
-        straight = bool(torch.isneginf(self.knee).all() and not self.relative.any())
-        spent_R = self.strength != 0
-        return unbounded and straight and bool(spent_R.any() and self.gain[spent_R].any(dim=-1).all())
-
     def resident(self) -> dict[str, Tensor]:
         """What a slot of the bank holds, in float32: shared by all requests that differ in their knobs alone.
 

@@ -217,7 +217,7 @@ class Program:
         """Channels in all."""
         return sum(term.rank for term in self.terms)
 
-    @property
+    @cached_property
     def acts(self) -> bool:
         """Whether any term does anything. A program that does not is served as if it were absent, bit for bit."""
         return any(term.acts for term in self.terms)

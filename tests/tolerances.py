@@ -50,6 +50,8 @@ KERNELS: dict[str, Any] = {
     "bound": 2e-6,
     # an angle from a polynomial in float32, of up to π: two units in its last place
     "angle": 5e-7,
+    # share of a norm's half-precision outputs that are another order of the sum's, bit for bit: measured .9998
+    "same_in_half": 0.999,
 }
 
 CORE: dict[str, Any] = {
@@ -85,6 +87,10 @@ DEMO: dict[str, Any] = {
 RUNTIME: dict[str, Any] = {
     # float32 log-probabilities through 3 layers, packed and batched against one at a time; logits of size 1 to 5
     "logprob": 1e-4,
+    # float64 sums of up to tens of float32 readings, in two orders
+    "sums": {"rel": 1e-12, "abs": 1e-12},
+    # float32 projections of size 1 to 10 through 3 layers, in batches of two shapes
+    "receipt": {"rel": 1e-3, "abs": 1e-4},
 }
 
 FIT: dict[str, Any] = {

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from server.cli.common import AsJson, Device, Dtype, Model, cleanly, print_json, print_table, progress_bar, quietly
+from server.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quantization,
+    cleanly,
+    print_json,
+    print_table,
+    progress_bar,
+    quietly,
+)
 
 
 @cleanly
@@ -15,6 +26,7 @@ def bench(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     batch: Annotated[int, typer.Option(envvar="SETPOINT_BATCH", help="Requests that run at once.")] = 16,
     programs: Annotated[
         list[int] | None,
@@ -46,7 +58,7 @@ def bench(
         max_tokens=max_tokens,
         repeats=repeats,
     )
-    plant = load_plant(model, device, dtype)
+    plant = load_plant(model, device, dtype, quantization)
     with progress_bar("bench") as report:
         rows = overhead(plant, load, report)
         times = fit_times(plant, report)

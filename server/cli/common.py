@@ -23,6 +23,13 @@ Device = Annotated[
     str, typer.Option(envvar="SETPOINT_DEVICE", help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.")
 ]
 Dtype = Annotated[str, typer.Option(envvar="SETPOINT_DTYPE", help="auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        envvar="SETPOINT_QUANTIZATION",
+        help="Quantize weights while loading: int8, int8-dynamic, fp8 (torchao), nf4, int8-outliers (bitsandbytes).",
+    ),
+]
 StoreFolder = Annotated[
     Path | None,
     typer.Option("--store", envvar="SETPOINT_STORE", help="Folder of the artifacts.", show_default="user data folder"),

@@ -14,6 +14,7 @@ from server.cli.common import (
     Device,
     Dtype,
     Model,
+    Quantization,
     StoreFolder,
     cleanly,
     print_json,
@@ -39,6 +40,7 @@ def fit(
     store: StoreFolder = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     kind: Annotated[str, typer.Option(envvar="SETPOINT_KIND", help="concept, or the kind of a plan.")] = "concept",
     gains: Annotated[
         list[str] | None,
@@ -99,7 +101,7 @@ def fit(
     examples = [[] if file is None else read_examples(file) for file in (positive, negative)]
 
     with progress_bar("loading the model") as report:
-        plant = load_plant(model, device, dtype)
+        plant = load_plant(model, device, dtype, quantization)
         settings_of(kind, given, plant)
         checked = checked_rows(plant, kind, settings, *examples)
         made: Artifact

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli.common import AsJson, Device, Dtype, Model, StoreFolder, cleanly, print_json, print_table, quietly
+from server.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quantization,
+    StoreFolder,
+    cleanly,
+    print_json,
+    print_table,
+    quietly,
+)
 
 if TYPE_CHECKING:
     from server.schema.openai import GenerateRequest
@@ -47,6 +58,7 @@ def generate(
     store: StoreFolder = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     as_json: AsJson = False,
 ) -> None:
     """Generate unsteered and steered, from the same seed, in one batch."""
@@ -57,7 +69,10 @@ def generate(
     from server.settings import ServerSettings
     from server.translate import generate_call
 
-    host = Host.load(ServerSettings(model=model, store=store, device=device, dtype=dtype, max_batch=4))
+    settings = ServerSettings(
+        model=model, store=store, device=device, dtype=dtype, quantization=quantization, max_batch=4
+    )
+    host = Host.load(settings)
     try:
         if raw or not host.has_chat:
             body = body.model_copy(update={"prompt": prompt, "messages": None})

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.common import Device, Dtype, StoreFolder, cleanly, quietly
+from server.cli.common import Device, Dtype, Quantization, StoreFolder, cleanly, quietly
 
 
 @cleanly
@@ -36,6 +36,30 @@ def serve(
             show_default="the model's context",
         ),
     ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SETPOINT_KV_TOKENS",
+            help="Tokens whose keys and values are kept, of running requests and remembered prompts.",
+            show_default="what max-batch requests need, up to half of the free memory",
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            envvar="SETPOINT_PREFIX_CACHE",
+            help="Share keys and values of prompts that begin alike.",
+        ),
+    ] = True,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            envvar="SETPOINT_COMPILE",
+            help="Compile feed-forward modules at the start. Needs g++; pays for large models only.",
+        ),
+    ] = False,
     queue_limit: Annotated[
         int, typer.Option(envvar="SETPOINT_QUEUE_LIMIT", help="Requests that may wait; more get a 429.")
     ] = 256,
@@ -69,9 +93,7 @@ def serve(
     tensor_parallel: Annotated[
         int, typer.Option(envvar="SETPOINT_TENSOR_PARALLEL", help="Devices that share the model; 1 in this version.")
     ] = 1,
-    quantization: Annotated[
-        str, typer.Option(envvar="SETPOINT_QUANTIZATION", help="Quantized weights; none in this version.")
-    ] = "none",
+    quantization: Quantization = "none",
 ) -> None:
     """Serve a model over HTTP. Prints `ready http://…` when the first request can be served."""
     from steering import SpecError
@@ -91,6 +113,9 @@ def serve(
         dtype=dtype,
         max_batch=max_batch,
         max_model_len=max_model_len,
+        kv_tokens=kv_tokens,
+        prefix_cache=prefix_cache,
+        compile=compiled,
         queue_limit=queue_limit,
         api_key=api_key,
         admin_key=admin_key,

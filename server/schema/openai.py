@@ -122,6 +122,9 @@ class _Generation(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Prompts are shared in the prefix cache only among requests of one salt: nobody else can tell by the time an
+    answer takes what was asked before."""
     steering: SteeringSpec | None = None
 
 

@@ -1,8 +1,9 @@
 """What steering costs in tokens per second: steered ÷ unsteered throughput of a full batch, and the time of a fit.
 
-Each figure is a ratio of two runs that follow each other, so that a busy machine slows both, and the median of several
-such pairs, in alternating order. A run serves more requests than the batch has places where there are more programs
-than places: the next request takes the place of one that ended.
+Each figure is a ratio of two runs that a busy machine slows alike, and the median of several such pairs, in alternating
+order. On a CPU two engines take turns at every step, steered and unsteered; on a GPU, where one's launches would delay
+the other's, whole runs follow each other. A run serves more requests than the batch has places where there are more
+programs than places: the next request takes the place of one that ended.
 
     programs       distinct programs among the requests, request i has program i mod n
     interventions  laws of A-LQR's route (error at a block's input, control at its output) that superpose in a request
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from steering.law import Law
 from steering.plant.jacobian import Linearisation
 from steering.plant.plant import Plant
 from steering.program import Program, Scope, Term
-from steering.runtime import Engine, EngineSettings, Request, Sampling
+from steering.runtime import Engine, EngineSettings, Event, Finished, Request, Sampling
 from steering.types import Gains, across
 
 Progress = Callable[[str, float], None]
@@ -75,7 +77,9 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
     """Steered ÷ unsteered throughput, one row for each case of `load`."""
     slots = max(*load.programs, load.batch)
     length = load.prompt_tokens + load.max_tokens
-    engine = Engine(plant, EngineSettings(max_batch=load.batch, program_slots=slots, max_len=length))
+    settings = EngineSettings(max_batch=load.batch, program_slots=slots, max_len=length, prefix_cache=False)
+    one = Engine(plant, settings)
+    other = Engine(plant, settings) if plant.device.type == "cpu" else one
     vocabulary = min(plant.vocab, 1000) - 3
     found = []
     try:
@@ -85,14 +89,13 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
             n = max(load.batch, n_programs)
             programs = [program(plant, seed, n_interventions) for seed in range(n_programs)]
             prompts = [tuple((7 * i + j) % vocabulary + 3 for j in range(load.prompt_tokens)) for i in range(n)]
-            rate(engine, prompts, programs, 1)  # programs become resident, taps are installed
+            rate(other, prompts, programs, 1)  # programs become resident, taps are installed
+            rate(one, prompts, [], 1)
             pairs = []
             for i in range(load.repeats):
-                runs = [
-                    rate(engine, prompts, each, load.max_tokens)
-                    for each in (([], programs) if i % 2 else (programs, []))
-                ]
-                pairs.append(tuple(runs if i % 2 else reversed(runs)))
+                runs = [_Run(one, prompts, [], load.max_tokens), _Run(other, prompts, programs, load.max_tokens)]
+                take_turns(runs if i % 2 else runs[::-1])
+                pairs.append(tuple(n * load.max_tokens / run.seconds for run in runs))
             ratios = [steered / plain for plain, steered in pairs]
             plain, steered = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
             found.append(
@@ -101,25 +104,70 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
                 )
             )
     finally:
-        engine.stop()
+        one.stop()
+        other.stop()
     if progress:
         progress("done", 1.0)
     return found
 
 
+class _Run:
+    """Requests of one length, one a prompt, on their way through an engine; request i has program i mod n, if any."""
+
+    def __init__(
+        self, engine: Engine, prompts: Sequence[tuple[int, ...]], programs: Sequence[Program], tokens: int
+    ) -> None:
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        self.engine = engine
+        self.seconds = 0.0
+        self._waiting = deque(
+            Request(f"rate-{i}", prompt, sampling, programs[i % len(programs)] if programs else Program())
+            for i, prompt in enumerate(prompts)
+        )
+        self._running = 0
+        self._failure: Exception | None = None
+
+    def step(self) -> bool:
+        """Fill the batch, take one step, and count the time. False when all requests have ended.
+
+        Raises what a request failed with.
+        """
+        start = time.perf_counter()
+        while self._waiting and self._running < self.engine.settings.max_batch:
+            self.engine.submit(self._waiting.popleft(), self._see)
+            self._running += 1
+        self.engine.step()
+        self.seconds += time.perf_counter() - start
+        if self._failure is not None:
+            raise self._failure
+        return bool(self._running)
+
+    def _see(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            self._running -= 1
+            self._failure = self._failure or event.error
+
+
+def take_turns(runs: Sequence[_Run]) -> None:
+    """Run to the end; those of different engines in turn, those of one engine one after another."""
+    if len({id(run.engine) for run in runs}) < len(runs):
+        for run in runs:
+            while run.step():
+                pass
+        return
+    going = list(runs)
+    while going:
+        going = [run for run in going if run.step()]
+
+
 def rate(engine: Engine, prompts: Sequence[tuple[int, ...]], programs: Sequence[Program], tokens: int) -> float:
     """Generated tokens per second of one request a prompt, each `tokens` long, prompts included.
 
-    Request i has program i mod n, or none where there is no program.
+    Request i has program i mod n, or none where there is no program. Only for an engine that was not started.
     """
-    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    requests = [
-        Request(f"rate-{i}", prompt, sampling, programs[i % len(programs)] if programs else Program())
-        for i, prompt in enumerate(prompts)
-    ]
-    start = time.perf_counter()
-    engine.generate(requests)
-    return len(requests) * tokens / (time.perf_counter() - start)
+    run = _Run(engine, prompts, programs, tokens)
+    take_turns([run])
+    return len(prompts) * tokens / run.seconds
 
 
 def program(plant: Plant, seed: int, interventions: int = 1) -> Program:

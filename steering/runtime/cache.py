@@ -1,14 +1,15 @@
-"""Keys and values of all running sequences: one row a sequence, one pair of tensors a layer.
+"""Keys and values of all running sequences, and of prefixes that may come again: a pool of blocks, a pair a layer.
 
-    K_l, V_l  (rows, max_len, kv heads, head width)
+    K_l, V_l  (blocks + 1, BLOCK, kv heads, head width)
 
-A list per layer, never one stacked tensor (stacking made a step three times slower). Sequences own whole rows, so a
-row in use costs nothing to find and nothing to free. Memory is set aside once, at start.
+A list per layer, never one stacked tensor (stacking made a step three times slower). Memory is set aside once, at
+start. Who holds which block says `steering.runtime.blocks`; block 0 is nobody's.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from steering.errors import SpecError
 
 SHARE = 0.5
-"""Share of the free memory that a cache of automatic length may take."""
+"""Share of the free memory that a pool of automatic size may take."""
+BLOCK = 16
+"""Positions of a block: the grain in which prefixes are shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,35 +36,40 @@ class KVShape:
         return self.key[0] * self.key[1] + self.value[0] * self.value[1]
 
 
-class KVCache:
-    """Rows of keys and values on a device, zero at first."""
+class KVPool:
+    """Blocks of keys and values on a device, zero at first."""
 
-    def __init__(self, shapes: list[KVShape], rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows, self.length = rows, length
+    def __init__(self, shapes: list[KVShape], n_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.n_blocks = n_blocks
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for shape in shapes:
-            self.keys.append(torch.zeros(rows, length, *shape.key, dtype=dtype, device=device))
-            self.values.append(torch.zeros(rows, length, *shape.value, dtype=dtype, device=device))
+            self.keys.append(torch.zeros(n_blocks + 1, BLOCK, *shape.key, dtype=dtype, device=device))
+            self.values.append(torch.zeros(n_blocks + 1, BLOCK, *shape.value, dtype=dtype, device=device))
 
     def write(self, layer: int, at_T: Tensor, key_THD: Tensor, value_THD: Tensor) -> None:
-        """Store tokens at flat places `row · length + position`."""
+        """Store tokens at flat places `block · BLOCK + position within it`."""
         self.keys[layer].flatten(0, 1).index_copy_(0, at_T, key_THD)
         self.values[layer].flatten(0, 1).index_copy_(0, at_T, value_THD)
 
-    def clear(self, row: int, length: int) -> None:
-        """Zero the first positions of a row that its sequence leaves.
+    def read(self, layer: int, block_M: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A copy of the first `length` keys and values of a table, each (kv heads, length, head width)."""
+        key, value = (each[layer][block_M].flatten(0, 1)[:length].transpose(0, 1) for each in (self.keys, self.values))
+        return key, value
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks whose sequence was spoilt.
 
         Its control may have left NaN or Inf there, and attention weighs masked values with 0: 0 · NaN is NaN, in the
-        batch of whoever holds the row next.
+        batch of whoever holds the block next.
         """
         for tensor in (*self.keys, *self.values):
-            tensor[row, :length].zero_()
+            tensor[list(blocks)] = 0
 
 
-def cache_bytes(shapes: list[KVShape], rows: int, length: int, dtype: torch.dtype) -> int:
-    """Memory of a cache, in bytes."""
-    return sum(shape.numbers for shape in shapes) * rows * length * dtype.itemsize
+def position_bytes(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
+    """Memory of one position in all layers, in bytes."""
+    return sum(shape.numbers for shape in shapes) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -75,22 +83,30 @@ def free_bytes(device: torch.device) -> int:
         return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def cache_length(
-    shapes: list[KVShape], rows: int, wanted: int | None, context: int, dtype: torch.dtype, free: int
-) -> int:
-    """Positions per row: `wanted`, or as many as the context and half of the free memory allow.
+def pool_size(
+    rows: int, wanted: int | None, max_len: int | None, context: int, per_position: int, free: int
+) -> tuple[int, int]:
+    """(blocks of the pool, positions that one sequence may have).
 
-    Raises SpecError if `wanted` exceeds the context or does not fit, or if not even 16 positions fit.
+    wanted: positions of the pool; None for as many as `rows` sequences of full length need, as far as half of the free
+    memory allows. max_len: None for the model's context, as far as the pool allows.
+
+    Raises SpecError if `max_len` exceeds the context or the pool, or the pool does not fit in memory or holds not even
+    16 positions.
     """
-    if wanted is not None and not 1 <= wanted <= context:
-        raise SpecError("max_len", expected=f"1 to {context}, the model's context", got=wanted)
-    per_position = cache_bytes(shapes, rows, 1, dtype)
-    length = wanted or min(context, int(free * SHARE) // per_position)
-    if (length < min(16, context) and wanted is None) or per_position * length > free:
+    if max_len is not None and not 1 <= max_len <= context:
+        raise SpecError("max_len", expected=f"1 to {context}, the model's context", got=max_len)
+    one = -(-(max_len or context) // BLOCK) * BLOCK
+    affordable = int(free * SHARE) // per_position // BLOCK * BLOCK
+    positions = -(-wanted // BLOCK) * BLOCK if wanted else max(min(rows * one, affordable), one if max_len else 0)
+    if positions < min(BLOCK, one) or per_position * positions > free:
+        name, got = ("kv_tokens", wanted) if wanted else ("max_len", max_len) if max_len else ("max_batch", rows)
         raise SpecError(
-            "max_batch",
+            name,
             expected=f"keys and values that fit in {free / 2**20:.0f} MiB of free memory",
-            got=f"{rows} rows x {length} positions = {per_position * max(length, 1) / 2**20:.0f} MiB",
-            advice="lower max_batch or max_len",
+            got=f"{got}: {max(positions, BLOCK)} positions = {per_position * max(positions, BLOCK) / 2**20:.0f} MiB",
+            advice="lower max_len or kv_tokens",
         )
-    return length
+    if max_len is not None and positions < one:
+        raise SpecError("kv_tokens", expected=f"at least max_len = {max_len}", got=wanted)
+    return positions // BLOCK, max_len or min(context, positions)

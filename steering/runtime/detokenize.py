@@ -80,9 +80,11 @@ class StopFilter:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with, `stop` itself excluded."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(stop[0], at + 1)
     return 0
 
 
@@ -103,5 +105,22 @@ def text_decoder(plant: Plant) -> Decode:
         return lambda ids: ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # a third of the time of going through transformers
-        return lambda ids: str(backend.decode(ids, skip_special_tokens=True))
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return _remembering(lambda ids: str(backend.decode(ids, skip_special_tokens=True)))
+    return _remembering(
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    )
+
+
+def _remembering(decode: Decode) -> Decode:
+    """The same, with the texts of single tokens kept: every second text that a detokenizer asks for is one."""
+    texts: dict[int, str] = {}
+
+    def remembered(ids: list[int]) -> str:
+        if len(ids) != 1:
+            return decode(ids)
+        text = texts.get(ids[0])
+        if text is None:
+            text = texts[ids[0]] = decode(ids)
+        return text
+
+    return remembered

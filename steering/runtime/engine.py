@@ -1,9 +1,10 @@
 """The engine: requests in from any thread, events out, one step after another between them.
 
-    take the inbox → schedule → resolve scopes → forward pass → draw → commit and deliver
+    take the inbox → schedule → resolve scopes → launch: forward pass, draw → land → commit and deliver
 
 One thread runs the steps; everything below `submit` and `abort` belongs to it. A step that fails as a whole is repeated
-request by request, so that the one at fault ends alone.
+request by request, so that the one at fault ends alone. On a GPU a step that only goes on with completions is launched
+before the one before it lands, so that the device does not wait for the host (`steering.runtime.flights`).
 """
 
 from __future__ import annotations
@@ -11,21 +12,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from steering.errors import BankFull, DimensionMismatch, Diverged, PlantError, QueueFull, SpecError, SteeringError
+from kernels import warm
+from steering.errors import BankFull, QueueFull, SpecError
 from steering.plant.plant import Plant
-from steering.program import Program
-from steering.runtime.bank import Bank, Knobs
+from steering.runtime.bank import Bank
+from steering.runtime.blocks import Blocks
+from steering.runtime.cache import BLOCK
+from steering.runtime.checks import check, diverged, failed, n_rows
+from steering.runtime.compiled import Compiled
 from steering.runtime.detokenize import end_tokens, text_decoder
+from steering.runtime.flights import Flight, following, launch
+from steering.runtime.graphs import Graphs
+from steering.runtime.launches import Reading
+from steering.runtime.ledger import Ledger
 from steering.runtime.live import Deliver, Live
-from steering.runtime.outcome import Outcome, compute
+from steering.runtime.outcome import Outcome
+from steering.runtime.prefix import Record, record, share
+from steering.runtime.receipt import Tally
 from steering.runtime.request import Event, Finished, LayerReading, Request
-from steering.runtime.runner import Reading, Runner
+from steering.runtime.runner import Runner
 from steering.runtime.sampler import Drawn
-from steering.runtime.scheduler import Batch, Scheduler, Sequence
+from steering.runtime.scheduler import Batch, Scheduler, Segment, Sequence
 from steering.runtime.scope import Frame, Resolver, Steering, admitted
 from steering.runtime.settings import EngineSettings, Stats
 from steering.runtime.wiring import wire
@@ -40,15 +53,24 @@ class Engine:
     def __init__(self, plant: Plant, settings: EngineSettings | None = None) -> None:
         self.plant = plant
         self.settings = settings = settings or EngineSettings()
-        shell, attention, self._cache = wire(plant, settings)
-        self.max_len = self._cache.length
+        shell, attention, self.max_len = wire(plant, settings)
         """Positions a sequence may have: prompt and completion together."""
         self._bank = Bank(settings.program_slots, plant.device)
-        self._runner = Runner(plant, shell, attention, self._bank, self.max_len)
-        self._scheduler = Scheduler(settings.max_batch, settings.max_step_tokens)
+        self._pool = attention.pool
+        on_gpu = plant.device.type == "cuda"
+        has_graphs = on_gpu if settings.graphs is None else settings.graphs
+        width = -(-self.max_len // BLOCK)
+        graphs = Graphs(settings.max_batch, width, plant.device) if has_graphs else None
+        compiled = Compiled(plant, shell) if settings.compile else None
+        self._runner = Runner(plant, shell, attention, self._bank, graphs, compiled)
+        self._looks_ahead = on_gpu if settings.pipeline is None else settings.pipeline
+        self._flight: Flight | None = None
+        self._blocks: Blocks[Record] = Blocks(self._pool.n_blocks, BLOCK)
+        self._scheduler = Scheduler(settings.max_batch, settings.max_step_tokens, self._blocks)
         self._decode, self.eos = text_decoder(plant), end_tokens(plant)
 
         self._resolve = Resolver()
+        self._ledger = Ledger()
         self._live: dict[str, Live] = {}
         self._steerings: dict[str, Steering] = {}
         self._counts: Counter[str] = Counter()
@@ -70,7 +92,8 @@ class Engine:
         Raises QueueFull, PlantError if it is longer than a row, DimensionMismatch or PlantError if its program does not
         fit the model, and SpecError for token ids out of the vocabulary or an id that is in use.
         """
-        self._check(request)
+        check(request, self.plant, self.max_len, self.settings.max_batch, self._blocks)
+        self._bank.prepare(request.program)
         with self._wake:
             limit = self.settings.max_batch + self.settings.queue_limit
             if self._closing or len(self._outstanding) >= limit:
@@ -98,8 +121,10 @@ class Engine:
         return self._closing
 
     def start(self) -> None:
-        """Run the steps on a thread of the engine's own, until `stop`."""
+        """Run the steps on a thread of the engine's own, until `stop`; the kernels are compiled first."""
         if self._thread is None:
+            if self.plant.device.type == "cpu":
+                warm()
             self._closing = False
             self._thread = threading.Thread(target=self._serve, name="setpoint-engine", daemon=True)
             self._thread.start()
@@ -151,12 +176,11 @@ class Engine:
 
     def stats(self) -> Stats:
         """A look at the engine, from any thread; figures of one moment, not of one step."""
-        running = list(self._scheduler.running.values())
-        used = sum(sequence.computed * len(sequence.rows) for sequence in running)
+        running = len(self._scheduler.running)
         return Stats(
-            running=len(running),
-            waiting=len(self._outstanding) - len(running),
-            kv_used_ratio=used / (self.settings.max_batch * self.max_len),
+            running=running,
+            waiting=len(self._outstanding) - running,
+            kv_used_ratio=1 - self._blocks.available / len(self._blocks),
             programs_resident=len(self._bank),
             distinct_programs=self._distinct if running else 0,
             steps=self._counts["steps"],
@@ -165,30 +189,66 @@ class Engine:
             saturated_tokens=self._counts["saturated_tokens"],
             nonfinite=self._counts["nonfinite"],
             rejected=self._counts["rejected"],
+            preempted=self._scheduler.n_preempted,
+            prefix_tokens=self._counts["prefix_tokens"],
+            cached_tokens=self._counts["cached_tokens"],
             finished=dict(self._finished),
         )
 
     # ── on the engine's thread ───────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> bool:
-        """One step. False when there was nothing to do. Only for callers without `start`."""
+        """One step: land the one in the air, or launch one and land it, with the next one launched in between if it
+        may be. False when there was nothing to do. Only for callers without `start`."""
         self._take_inbox()
+        flight, self._flight = self._flight or self._depart(), None
+        if flight is None:
+            return bool(self._scheduler.waiting)  # one was refused as it came to be admitted: go on with the next
+        self._flight = self._follow(flight)
+        for outcome in self._land(flight):
+            self._commit(outcome)
+        if self._flight is not None and not self._present(self._flight.batch).segments:
+            self._flight = None
+        return True
+
+    def _depart(self) -> Flight | None:
+        """Launch what the scheduler has; None if that is nothing."""
         batch = self._scheduler.step(self._admit)
         if batch is None:
-            return bool(self._scheduler.waiting)  # one was refused as it came to be admitted: go on with the next
-        self._counts["steps"] += 1
-        for outcome in self._compute(batch):
-            self._commit(outcome)
-        return True
+            return None
+        self._inherit()
+        return self._launch(batch)
+
+    def _follow(self, flight: Flight) -> Flight | None:
+        """Launch the step after one in the air, from tokens that are not known yet. None if there is more to decide.
+
+        Who ends with the very token in the air is left out. Who turns out to have ended otherwise is thrown away.
+        """
+        if not self._looks_ahead or flight.drawn_T is None:
+            return None
+        present, keep, is_ending = {id(s) for s in self._present(flight.batch).segments}, list[int](), False
+        for i, segment in enumerate(flight.batch.segments):
+            if id(segment) not in present:
+                continue
+            draw = self._live[segment.sequence.request.id].draw
+            if not draw.is_steady:
+                return None
+            if draw.step + 1 >= draw.sampling.max_tokens:
+                is_ending = True
+            else:
+                keep.append(i)
+        batch = self._scheduler.follow(flight.batch, keep, len(present), makes_room=is_ending)
+        after = None if batch is None else self._launch(batch, following(flight, keep))
+        return None if after is None or after.error is not None else after
 
     def _serve(self) -> None:
         while True:
             try:
                 worked = self.step()
             except Exception as error:  # a defect of ours: nobody may wait for ever on a thread that died of it
-                worked = True
+                worked, self._flight = True, None
                 for live in list(self._live.values()):
-                    self._finish(live.finished("error", error=_failed(error)))
+                    self._finish(live.finished("error", error=failed(error)))
             if worked:
                 continue
             with self._wake:
@@ -202,8 +262,7 @@ class Engine:
             arrived, self._inbox = self._inbox, deque()
             aborted, self._aborts = self._aborts, deque()
         for request, deliver, when in arrived:
-            n_rows = 2 if request.program.acts and request.program.guard.max_kl is not None else 1
-            sequence = Sequence(request, n_rows)
+            sequence = Sequence(request, n_rows(request))
             self._live[request.id] = Live.of(sequence, deliver, self._decode, self.eos)
             self._live[request.id].submitted = when
             self._scheduler.add(sequence)
@@ -213,42 +272,75 @@ class Engine:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Make a program resident. False if all slots are held: the sequence waits until one is free."""
-        program = sequence.request.program
+        live, program = self._live[sequence.request.id], sequence.request.program
+        if live.admitted is not None:  # it ran before and gave only its blocks away
+            return True
         if program.acts:
             try:
                 slot = self._bank.acquire(program)
             except BankFull:
                 return False
             except Exception as error:  # out of memory while a program is uploaded is its request's own affair
-                self._finish(self._live[sequence.request.id].finished("error", error=_failed(error)))
+                self._finish(self._live[sequence.request.id].finished("error", error=failed(error)))
                 return False
-            steering = Steering.of(program, slot, Knobs.of(program), sequence.n_prompt)
+            steering = Steering.of(program, slot, self._bank.knobs(program), sequence.n_prompt)
             self._steerings[sequence.request.id] = steering
-        self._live[sequence.request.id].admitted = time.monotonic()
+            self._distinct = distinct(self._steerings)
+        if self.settings.prefix_cache:
+            share(sequence, self._steerings.get(sequence.request.id), BLOCK)
+        live.admitted = time.monotonic()
         return True
 
-    def _compute(self, batch: Batch) -> Iterable[Outcome]:
-        """The batch's outcome; if it fails as a whole, that of each request that does not fail alone."""
+    def _inherit(self) -> None:
+        """Add to the receipts what was measured in the blocks that requests took over."""
+        for sequence in self._scheduler.running.values():
+            if sequence.inherited:
+                tally = self._live[sequence.request.id].tally
+                for steered, reading in sequence.inherited:
+                    if tally is not None:
+                        tally.add(steered, reading)
+                sequence.inherited.clear()
+
+    def _launch(self, batch: Batch, drawn_T: Tensor | None = None) -> Flight:
+        """Launch a batch. What that fails with is raised when it lands."""
         try:
-            yield self._compute_whole(batch)
-            return
+            frame = self._resolve(batch, self._steerings, self._bank.rank)
+            return launch(batch, frame, self._runner, lambda name: self._live[name].draw, drawn_T)
         except Exception as error:  # whatever the step raised, it must not end the neighbours
+            return Flight(batch, error=error)
+
+    def _present(self, batch: Batch) -> Batch:
+        """The part of a launched batch whose requests still run."""
+
+        def runs(segment: Segment) -> bool:
+            live = self._live.get(segment.sequence.request.id)
+            return live is not None and live.sequence is segment.sequence  # an id may come again
+
+        return batch if all(map(runs, batch.segments)) else batch.only(tuple(filter(runs, batch.segments)))
+
+    def _land(self, flight: Flight) -> Iterable[Outcome]:
+        """The outcome of a launched step; if it fails as a whole, that of each request that does not fail alone."""
+        batch = self._present(flight.batch)
+        if not batch.segments:
+            return
+        self._counts["steps"] += 1
+        try:
+            yield flight.land().within(batch)
+            return
+        except Exception as error:  # as above
             failure = error
-        parts = list(batch.split())
+        self._flight = None  # it was launched from tokens that may be wrong
+        parts = list(batch.split(BLOCK))
         for part in parts:
             request_id = part.segments[0].sequence.request.id
             try:
                 if len(parts) == 1:
                     raise failure
-                yield self._compute_whole(part)
+                yield self._launch(part).land()
             except Exception as error:
                 if self.plant.device.type == "cuda":
                     torch.cuda.empty_cache()
-                self._finish(self._live[request_id].finished("error", error=_failed(error)))
-
-    def _compute_whole(self, batch: Batch) -> Outcome:
-        frame = self._resolve(batch, self._steerings, self._bank.rank)
-        return compute(batch, frame, self._runner, lambda name: self._live[name].draw)
+                self._finish(self._live[request_id].finished("error", error=failed(error)))
 
     def _commit(self, outcome: Outcome) -> None:
         """Record a step and deliver its events."""
@@ -256,11 +348,10 @@ class Engine:
         tokens = {name: drawn.token for name, drawn in outcome.drawn.items() if name in self._live}
         self._counts["generated_tokens"] += len(tokens)
         self._counts["prompt_tokens"] += outcome.batch.n_prompt_tokens
-        self._distinct = len({steering.program.shape for steering in self._steerings.values()})
-        self._scheduler.commit(outcome.batch, tokens)
+        self._scheduler.commit(outcome.batch, tokens, partial(record, outcome, BLOCK))
         for request_id, error in outcome.failed.items():
             if request_id in self._live:
-                self._finish(self._live[request_id].finished("error", error=_failed(error)))
+                self._finish(self._live[request_id].finished("error", error=failed(error)))
         for request_id, reports in outcome.judged.items():
             if request_id in self._live:
                 self._live[request_id].judged += reports
@@ -278,7 +369,7 @@ class Engine:
         try:
             delta, finished = live.push(drawn, trace)
         except Exception as error:
-            self._finish(live.finished("error", error=_failed(error)))
+            self._finish(live.finished("error", error=failed(error)))
             return
         if not self._hand_over(live, delta):
             finished = live.finished("abort")
@@ -288,46 +379,54 @@ class Engine:
     def _account(self, outcome: Outcome) -> dict[str, tuple[LayerReading, ...]]:
         """Add a step's measurements to its requests and end those whose state is not finite. Returns the traces."""
         lost, traces = set(outcome.lost), {}
-        ends = {s.sequence.request.id: s.end for s in outcome.batch.segments if s.samples and not s.is_shadow}
         if outcome.frame is not None and outcome.reading is not None:
             self._ask_gates(outcome.frame, outcome.reading)
-            for steered in outcome.frame.steered:
+            lost |= self._ledger.add(outcome.frame, outcome.reading, self._tally)
+            traced = {name for name, live in self._live.items() if live.request.trace} - lost
+            samples = (s for s in outcome.batch.segments if traced and s.samples and not s.is_shadow)
+            ends = {s.sequence.request.id: s.end for s in samples if s.sequence.request.id in traced}
+            for steered in outcome.frame.steered if ends else ():
                 name = steered.request_id
-                live = self._live[name]
-                acted = admitted(steered, outcome.frame.spots, outcome.reading.gates)
-                if live.tally is None or not live.tally.add(acted, outcome.reading):
-                    lost.add(name)
-                elif live.request.trace and name in ends:
-                    traces[name] = live.tally.trace(acted, outcome.reading, ends[name])
+                if name in ends:
+                    acted = admitted(steered, outcome.frame.spots, outcome.reading.gates)
+                    traces[name] = self._tally(name).trace(acted, outcome.reading, ends[name])
         for name in lost:
             self._counts["nonfinite"] += 1
             live = self._live[name]
-            self._finish(live.finished("error", error=_diverged(live.request)))
+            self._finish(live.finished("error", error=diverged(live.request)))
         for name, divergence in outcome.kl.items():
-            if name not in lost and (tally := self._live[name].tally) is not None:
-                tally.add_kl(divergence.kl, divergence.is_limited)
+            if name not in lost:
+                self._tally(name).add_kl(divergence.kl, divergence.is_limited)
         return traces
+
+    def _tally(self, name: str) -> Tally:
+        """The tally of a request that is steered."""
+        tally = self._live[name].tally
+        assert tally is not None, "what steers has terms, and what has terms is tallied"
+        return tally
 
     def _ask_gates(self, frame: Frame, reading: Reading) -> None:
         """Record what the gates of a step measured; those of a prompt's last token decide what follows."""
         for spot, z_K in zip(frame.spots, reading.gates, strict=True):
-            tally = self._live[spot.request_id].tally
-            if tally is not None:
-                tally.add_gate(spot, z_K)
+            if not len(new_K := z_K[spot.n_counted :]):
+                continue
+            self._tally(spot.request_id).add_gate(spot, new_K)
             if spot.gate.when.on == "prompt":
                 self._steerings[spot.request_id].decide(spot.term, spot.gate.is_open(float(z_K[-1])))
 
     def _finish(self, finished: Finished) -> None:
         """Take a request out of the engine, free what it held, deliver its end."""
         live = self._live.pop(finished.request_id)
-        rows = live.sequence.rows
-        self._scheduler.remove(finished.request_id)
-        for row in rows:
-            self._cache.clear(row, len(live.sequence.tokens))
+        spoilt = self._scheduler.remove(finished.request_id, is_spoilt=finished.reason in ("abort", "error"))
+        if spoilt:
+            self._pool.clear(spoilt)
         if self._steerings.pop(finished.request_id, None) is not None:
             self._bank.release(live.request.program)
+            self._distinct = distinct(self._steerings)
         if live.tally is not None:
             self._counts["saturated_tokens"] += live.tally.saturated
+        self._counts["prefix_tokens"] += live.sequence.n_shareable * BLOCK
+        self._counts["cached_tokens"] += live.sequence.cached
         self._finished[finished.reason] += 1
         with self._wake:
             self._outstanding.discard(finished.request_id)
@@ -342,46 +441,7 @@ class Engine:
             return False
         return True
 
-    def _check(self, request: Request) -> None:
-        """What can only be known beside the model: lengths, token ids, sites and widths."""
-        n_prompt, sampling = len(request.prompt), request.sampling
-        if n_prompt + sampling.max_tokens > self.max_len:
-            raise PlantError(
-                f"The prompt has {n_prompt} tokens and max_tokens is {sampling.max_tokens}: expected at most "
-                f"{self.max_len} together; shorten one of them.",
-                param="prompt" if n_prompt >= self.max_len else "max_tokens",
-            )
-        ids = {"prompt": request.prompt, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
-        for name, tokens in ids.items():
-            if any(not 0 <= token < self.plant.vocab for token in tokens):
-                raise SpecError(name, expected=f"token ids from 0 to {self.plant.vocab - 1}")
-        if request.program.acts:
-            self._check_program(request.program)
-            if request.program.guard.max_kl is not None and self.settings.max_batch < 2:
-                raise SpecError("guard.max_kl", expected="an engine with max_batch >= 2, for the unsteered twin")
 
-    def _check_program(self, program: Program) -> None:
-        for route, law in program.laws.items():
-            widths = (self.plant.width_of(route.read), self.plant.width_of(route.write))
-            if law.widths != widths:
-                raise DimensionMismatch(f"The law on {route} has widths {law.widths}: expected {widths}, the model's.")
-
-
-def _diverged(request: Request) -> Diverged | SteeringError:
-    """The error of a request whose state is no longer finite."""
-    if not request.program.acts:
-        return SteeringError("The model produced numbers that are not finite for this prompt.")
-    return Diverged(
-        "The control drove the state out of the range of its number format: lower the setpoint or the strength, or set "
-        "guard.max_effort.",
-        param="steering",
-    )
-
-
-def _failed(error: Exception) -> SteeringError:
-    """The error of a request whose computation raised."""
-    if isinstance(error, SteeringError):
-        return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return SteeringError("This request ran out of memory: send a shorter prompt.")
-    return SteeringError(f"The computation of this request failed ({type(error).__name__}).")
+def distinct(steerings: Mapping[str, Steering]) -> int:
+    """How many different steerings there are among some requests."""
+    return len({steering.program.shape for steering in steerings.values()})

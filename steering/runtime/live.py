@@ -95,7 +95,7 @@ class Live:
             reason,
             "".join(self.text),
             generated,
-            Usage(self.sequence.n_prompt, len(generated)),
+            Usage(self.sequence.n_prompt, len(generated), self.sequence.cached),
             self.receipt(),
             error,
             stop_reason,

@@ -8,15 +8,15 @@ the chance to move: all but the first, when there are several; `error` is its di
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from steering.condition import When
 from steering.program import Program, Term
+from steering.runtime.launches import Reading, write_sites
 from steering.runtime.request import LayerReading
-from steering.runtime.runner import Reading, write_sites
 from steering.runtime.scope import Spot, Steered
 from steering.types import Route, Site
 
@@ -134,8 +134,28 @@ class _Gauge:
 
 
 @dataclass(slots=True)
+class Sums:
+    """What the T tokens of a batch measured in `steps` steps in which the same ones were steered in the same way.
+
+    measured_TPR: sums of the projections. sum_T, most_T: sum and maximum of their total effort. top_T: the largest
+    effort at one site. saturated_T: in how many steps a bound bit.
+    """
+
+    steps: int
+    routes: tuple[Route, ...]
+    measured_TPR: np.ndarray
+    sum_T: np.ndarray
+    most_T: np.ndarray
+    top_T: np.ndarray
+    saturated_T: np.ndarray
+
+
+@dataclass(slots=True)
 class Tally:
-    """Running sums of one request's measurements."""
+    """Running sums of one request's measurements.
+
+    settle: called before a receipt is read, by whoever holds sums that were not given out yet.
+    """
 
     program: Program
     gauges: list[_Gauge] = field(init=False)
@@ -147,6 +167,7 @@ class Tally:
     saturated: int = 0
     kls: list[float] = field(default_factory=list)
     kl_limited: int = 0
+    settle: Callable[[], None] | None = None
     _asked: dict[int, tuple[int, int, float]] = field(default_factory=dict)
     _sum_G: np.ndarray = field(init=False)
     _count_G: np.ndarray = field(init=False)
@@ -166,37 +187,46 @@ class Tally:
 
     def add(self, steered: Steered, reading: Reading) -> bool:
         """Add one segment's measurements. False if the control was not finite: nothing is added then."""
-        totals = [reading.total_T[token] for token in steered.tokens_K]
-        if not totals:  # every gate was closed
-            return True
-        top = max(totals)
-        if not math.isfinite(top):
+        total_T, saturated_T = reading.total_T, reading.saturated_T != 0
+        if not math.isfinite(total_T[steered.tokens_K].sum()):
             return False
-        self.tokens += len(totals)
-        self.effort_sum += sum(totals)
-        self.effort_max = max(self.effort_max, *(reading.top_T[token] for token in steered.tokens_K))
-        self.total_max = max(self.total_max, top)
-        self.saturated += sum(bool(reading.saturated_T[token] != 0) for token in steered.tokens_K)
-        if self.gauges:
-            self._add_projections(steered, reading)
+        self.take(steered, Sums(1, reading.routes, reading.measured_TPR, total_T, total_T, reading.top_T, saturated_T))
         return True
 
-    def _add_projections(self, steered: Steered, reading: Reading) -> None:
-        if reading.routes is not self._routes:
-            index = {route: p for p, route in enumerate(reading.routes)}
-            self._routes = reading.routes
-            self._column_G = np.array([index[gauge.route] for gauge in self.gauges])
+    def take(self, steered: Steered, sums: Sums) -> None:
+        """Add one segment's share of a batch's sums, which are finite."""
+        tokens_K = steered.tokens_K
+        if not len(tokens_K):  # every gate was closed
+            return
+        self.tokens += sums.steps * len(tokens_K)
+        self.effort_sum += float(sums.sum_T[tokens_K].sum())
+        self.effort_max = max(self.effort_max, float(sums.top_T[tokens_K].max()))
+        self.total_max = max(self.total_max, float(sums.most_T[tokens_K].max()))
+        self.saturated += int(sums.saturated_T[tokens_K].sum())
+        if self.gauges:
+            self._take_projections(steered, sums)
+
+    def _take_projections(self, steered: Steered, sums: Sums) -> None:
+        column_G = self._columns(sums.routes)
         if steered is not self._last:  # the same object in every step of steady decoding
             self._last = steered
             self._is_whole = len(steered.tokens_K) == 1 and bool(steered.active_KR[:, self._channel_G].all())
         if self._is_whole:
-            self._sum_G += reading.measured_TPR[steered.tokens_K[0], self._column_G, self._channel_G]
-            self._count_G += 1
+            self._sum_G += sums.measured_TPR[steered.tokens_K[0], column_G, self._channel_G]
+            self._count_G += sums.steps
             return
         active_KG = steered.active_KR[:, self._channel_G]
-        read_KG = reading.measured_TPR[steered.tokens_K[:, None], self._column_G, self._channel_G]
-        self._sum_G += np.where(active_KG, read_KG, 0).sum(axis=0)
-        self._count_G += active_KG.sum(axis=0)
+        read_KG = sums.measured_TPR[steered.tokens_K[:, None], column_G, self._channel_G]
+        self._sum_G += np.where(active_KG, read_KG, 0).sum(axis=0, dtype=np.float64)
+        self._count_G += sums.steps * active_KG.sum(axis=0)
+
+    def _columns(self, routes: tuple[Route, ...]) -> np.ndarray:
+        """Where each gauge's route stands among those of a step."""
+        if routes is not self._routes:
+            index = {route: p for p, route in enumerate(routes)}
+            self._routes = routes
+            self._column_G = np.array([index[gauge.route] for gauge in self.gauges], dtype=np.int64)
+        return self._column_G
 
     def add_kl(self, kl: float, is_limited: bool) -> None:
         """Add one token's divergence from the unsteered twin."""
@@ -219,7 +249,7 @@ class Tally:
         return tuple(found)
 
     def trace(self, steered: Steered, reading: Reading, token: int) -> tuple[LayerReading, ...]:
-        """The readings at one token (a row of the packed batch) of a segment that was added; empty if not steered."""
+        """The readings at one token (a row of the packed batch) of a steered segment; empty if it is not steered."""
         found = np.flatnonzero(steered.tokens_K == token)
         if not len(found):
             return ()
@@ -236,7 +266,7 @@ class Tally:
                     if (site == gauge.route.write if gauge.is_edit else site.layer == gauge.route.read.layer)
                 ),
             )
-            for gauge, p in zip(self.gauges, self._column_G if self.gauges else (), strict=True)
+            for gauge, p in zip(self.gauges, self._columns(reading.routes).tolist(), strict=True)
             if active_R[gauge.channel]
         ]
         return (*gauged, *self._efforts(active_R, reading, token))
@@ -252,6 +282,8 @@ class Tally:
 
     def receipt(self) -> Receipt:
         """The account so far."""
+        if self.settle is not None:
+            self.settle()
         with np.errstate(invalid="ignore", divide="ignore"):
             mean_G = self._sum_G / self._count_G
         tracking: dict[str, Tracking] = {}

@@ -113,13 +113,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. `trace` asks for the readings of every generated token."""
+    """One sequence to generate. `trace` asks for the readings of every generated token.
+
+    cache_salt: prompts are shared only among requests of one salt, so that none can find out what others asked.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     program: Program = field(default_factory=Program)
     trace: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -152,10 +156,14 @@ class LayerReading:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the prompt and of the completion; a final end-of-sequence token counts."""
+    """Tokens of the prompt and of the completion; a final end-of-sequence token counts.
+
+    cached: how many of the prompt were taken from the prefix cache.
+    """
 
     prompt: int
     completion: int
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from steering.runtime.grammar import Matcher
 from steering.runtime.request import Sampling, TokenLogprob
+from steering.runtime.transfer import upload
 
 _BLOCK = 64
 """Uniform numbers drawn at a time: making a generator costs more than filling a block."""
@@ -91,6 +93,11 @@ class Draw:
         return self.step < self.sampling.min_tokens and self.sampling.grammar is None
 
     @property
+    def is_steady(self) -> bool:
+        """Whether no token changes the rules by which the next one is drawn, which then need not wait for it."""
+        return self.sampling.grammar is None and not self.adjusts
+
+    @property
     def is_complete(self) -> bool:
         """Whether the grammar lets nothing follow but the end."""
         return self.matcher is not None and self.matcher.is_complete
@@ -120,12 +127,40 @@ class Drawn:
     logprob: TokenLogprob | None
 
 
+class Ranked(NamedTuple):
+    """What is reported of one token a row: its log-probability and rank, and the likeliest tokens."""
+
+    logprob_B: Tensor
+    rank_B: Tensor
+    ids_BK: Tensor
+    values_BK: Tensor
+
+
+class Choice(NamedTuple):
+    """The tokens of a batch, and the ranks of the rows that report. `n_top`: by row, how many tokens it asks for."""
+
+    tokens_B: Tensor
+    n_top: Mapping[int, int]
+    ranked: Ranked | None
+
+
 def sample(logits_BV: Tensor, draws: Sequence[Draw], masks: Mapping[int, np.ndarray] | None = None) -> list[Drawn]:
     """Draw one token for each row of finite logits. Does not advance the draws.
 
     masks: the packed masks of the rows that have a grammar.
     """
+    return told(choose(logits_BV, draws, masks))
+
+
+def choose(
+    logits_BV: Tensor, draws: Sequence[Draw], masks: Mapping[int, np.ndarray] | None = None, *, ahead: int = 0
+) -> Choice:
+    """The device's part of `sample`; nothing waits for it. A row that is not finite gets some token.
+
+    ahead: how many tokens of each row are drawn and not yet noted; only for draws that are steady.
+    """
     raw_BV = logits_BV = logits_BV.to(torch.float32)
+    device = logits_BV.device
     if any(draw.adjusts for draw in draws):
         logits_BV = logits_BV.clone()
         for row_V, draw in zip(logits_BV, draws, strict=True):
@@ -133,18 +168,32 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw], masks: Mapping[int, np.ndar
                 adjust_(row_V, draw)
     if masks:
         logits_BV = forbid(logits_BV, masks)
-    tokens = logits_BV.argmax(-1)
+    tokens_B = logits_BV.argmax(-1)
     chance = [i for i, draw in enumerate(draws) if not draw.sampling.is_greedy]
     if chance:
-        rows = logits_BV if len(chance) == len(draws) else logits_BV[chance]
-        uniform_B = torch.tensor([draws[i].uniforms[draws[i].step] for i in chance], dtype=torch.float64)
-        kept_BV = restrict(rows, [draws[i].sampling for i in chance])
-        tokens[chance] = invert_cdf(kept_BV, uniform_B.to(rows.device))
-    chosen = tokens.tolist()
-    asked = {i: draw.sampling.logprobs for i, draw in enumerate(draws) if draw.sampling.logprobs is not None}
-    reports = report(raw_BV[list(asked)], [chosen[i] for i in asked], list(asked.values())) if asked else []
-    reported = dict(zip(asked, reports, strict=True))
-    return [Drawn(token, reported.get(i)) for i, token in enumerate(chosen)]
+        chance_C = None if len(chance) == len(draws) else upload(chance, device)
+        rows_CV = logits_BV if chance_C is None else logits_BV.index_select(0, chance_C)
+        uniform_C = upload([draws[i].uniforms[draws[i].step + ahead] for i in chance], device, torch.float64)
+        drawn_C = invert_cdf(restrict(rows_CV, [draws[i].sampling for i in chance]), uniform_C)
+        tokens_B = drawn_C if chance_C is None else tokens_B.index_copy_(0, chance_C, drawn_C)
+    n_top = {i: draw.sampling.logprobs for i, draw in enumerate(draws) if draw.sampling.logprobs is not None}
+    if not n_top:
+        return Choice(tokens_B, n_top, None)
+    if len(n_top) == len(draws):
+        return Choice(tokens_B, n_top, rank(raw_BV, tokens_B, max(n_top.values())))
+    asked_A = upload(list(n_top), device)
+    own = raw_BV.index_select(0, asked_A), tokens_B.index_select(0, asked_A)
+    return Choice(tokens_B, n_top, rank(*own, max(n_top.values())))
+
+
+def told(choice: Choice) -> list[Drawn]:
+    """The host's part of `sample`, of a choice that lies there."""
+    tokens = choice.tokens_B.tolist()
+    reported: dict[int, TokenLogprob] = {}
+    if choice.ranked is not None:
+        own = [tokens[i] for i in choice.n_top]
+        reported = dict(zip(choice.n_top, reports(choice.ranked, own, list(choice.n_top.values())), strict=True))
+    return [Drawn(token, reported.get(i)) for i, token in enumerate(tokens)]
 
 
 def adjust_(logits_V: Tensor, draw: Draw) -> None:
@@ -178,15 +227,17 @@ def forbid(logits_BV: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
 def restrict(logits_BV: Tensor, rules: Sequence[Sampling]) -> Tensor:
     """Logits over temperature, −inf for every token that min-p, top-k or top-p leaves out."""
     device, vocab = logits_BV.device, logits_BV.shape[1]
-    temperature = torch.tensor([s.temperature for s in rules], device=device)
-    logits_BV = logits_BV / temperature[:, None]
+    logits_BV = logits_BV / upload([s.temperature for s in rules], device)[:, None]
     if any(s.min_p for s in rules):
-        floor = torch.tensor([s.min_p for s in rules], device=device).log()
+        floor = upload([s.min_p for s in rules], device).log()
         logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.amax(-1, keepdim=True) + floor[:, None], -torch.inf)
     limited = [i for i, s in enumerate(rules) if s.top_p < 1 or 0 < s.top_k < vocab]
+    if len(limited) == len(rules):
+        return _truncate(logits_BV, rules)
     if limited:
-        logits_BV = logits_BV.clone()
-        logits_BV[limited] = _truncate(logits_BV[limited], [rules[i] for i in limited])
+        limited_L = upload(limited, device)
+        cut_LV = _truncate(logits_BV.index_select(0, limited_L), [rules[i] for i in limited])
+        logits_BV = logits_BV.index_copy(0, limited_L, cut_LV)
     return logits_BV
 
 
@@ -194,8 +245,8 @@ def _truncate(logits_BV: Tensor, rules: Sequence[Sampling]) -> Tensor:
     """Top-k, then top-p on what is left. Equal logits rank by token id."""
     device, vocab = logits_BV.device, logits_BV.shape[1]
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    k_B = torch.tensor([s.top_k if 0 < s.top_k < vocab else vocab for s in rules], device=device)
-    p_B = torch.tensor([s.top_p for s in rules], device=device, dtype=torch.float64)
+    k_B = upload([s.top_k if 0 < s.top_k < vocab else vocab for s in rules], device)
+    p_B = upload([s.top_p for s in rules], device, torch.float64)
     rank_V = torch.arange(vocab, device=device)
     sorted_BV = sorted_BV.masked_fill(rank_V >= k_B[:, None], -torch.inf)
     mass_BV = sorted_BV.softmax(-1, dtype=torch.float64)
@@ -211,13 +262,18 @@ def invert_cdf(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
 
 
-def report(logits_BV: Tensor, tokens: Sequence[int], n_top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability and rank of one token a row, and as many of the likeliest tokens as the row asks for."""
+def rank(logits_BV: Tensor, tokens_B: Tensor, n_top: int) -> Ranked:
+    """What can be reported of one token a row, with up to `n_top` of the likeliest."""
     logprob_BV = logits_BV.to(torch.float32).log_softmax(-1)
-    own_B1 = logprob_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])
-    rank_B = (logprob_BV > own_B1).sum(-1) + 1
-    top = logprob_BV.topk(min(max(n_top), logits_BV.shape[1]))
-    columns = (tokens, own_B1[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), rank_B.tolist(), n_top)
+    own_B1 = logprob_BV.gather(1, tokens_B[:, None])
+    top = logprob_BV.topk(min(n_top, logits_BV.shape[1]))
+    return Ranked(own_B1[:, 0], (logprob_BV > own_B1).sum(-1) + 1, top.indices, top.values)
+
+
+def reports(ranked: Ranked, tokens: Sequence[int], n_top: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability and rank of one token a row, and as many of the likeliest tokens as the row asks for."""
+    own, ranks, ids, values = (each.tolist() for each in ranked)
+    columns = (tokens, own, ids, values, ranks, n_top)
     return [
         TokenLogprob(token, own, tuple(zip(ids[:n], values[:n], strict=True)), rank)
         for token, own, ids, values, rank, n in zip(*columns, strict=True)

@@ -43,6 +43,8 @@ class Spot(NamedTuple):
     gate: Gate
     tokens_K: np.ndarray
     channels_R: np.ndarray
+    n_counted: int = 0
+    """How many of the tokens, the first ones, were asked before their request was interrupted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,10 +55,9 @@ class Frame:
     slot_PT           int32 bank row of each token on each route; 0 = none
     knobs_TP3R        float32 setpoint, strength, cap
     budget_T          float32 allowed sum of efforts
-    steered           one entry per steered segment
+    steered           one entry per steered segment, with the tokens whose measurements are not in a receipt yet
     spots             the gates measured in this step
     blanks            the sites of which every token of the step keeps nothing
-    plain_P           the routes on which every token has a law, whole and without bounds, in steps of decoding alone
     """
 
     routes: tuple[Route, ...]
@@ -66,7 +67,6 @@ class Frame:
     steered: tuple[Steered, ...]
     spots: tuple[Spot, ...] = ()
     blanks: frozenset[Site] = frozenset()
-    plain_P: tuple[bool, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +109,7 @@ class Steering:
     def spots(self, segment: Segment, active_LR: np.ndarray) -> list[Spot]:
         """The gates that are measured in a segment whose channels in scope are `active_LR`."""
         found = []
-        last = len(self.prompt_IR) - 1 - segment.start
+        last, n_past = len(self.prompt_IR) - 1 - segment.start, segment.sequence.counted - segment.start
         for n, term in enumerate(self.program.terms):
             if term.gate is None:
                 continue
@@ -119,7 +119,8 @@ class Steering:
                 tokens = np.array([last] if 0 <= last < segment.length else [], dtype=np.int64)
             if len(tokens):
                 name = segment.sequence.request.id
-                found.append(Spot(name, n, term.gate, tokens + segment.offset, self.knobs.terms_NR[n]))
+                n_counted = int((tokens < n_past).sum())
+                found.append(Spot(name, n, term.gate, tokens + segment.offset, self.knobs.terms_NR[n], n_counted))
         return found
 
     def decide(self, term: int, is_open: bool) -> None:
@@ -179,6 +180,7 @@ def _steady_key(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> t
 def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame | None:
     """The frame of any step, from scratch."""
     found = []
+    counted: list[Steered] = []
     blanks: list[frozenset[Site]] = []
     for segment in batch.segments:
         steering = steerings.get(segment.sequence.request.id)
@@ -192,6 +194,11 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
         if len(tokens_K) or spots:
             steered = Steered(segment.sequence.request.id, tokens_K + segment.offset, active_LR[tokens_K])
             found.append((steering, steered, spots))
+            is_new = tokens_K >= segment.sequence.counted - segment.start
+            if is_new.all():
+                counted.append(steered)
+            elif is_new.any():
+                counted.append(Steered(steered.request_id, steered.tokens_K[is_new], steered.active_KR[is_new]))
     if not found:
         return None
 
@@ -200,7 +207,6 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
     slot_PT = np.zeros((len(routes), batch.n_tokens), dtype=np.int32)
     knobs_TP3R = np.zeros((batch.n_tokens, len(routes), 3, rank), dtype=np.float32)
     budget_T = np.full(batch.n_tokens, np.inf, dtype=np.float32)
-    plain_P = np.ones(len(routes), dtype=bool)
     for steering, steered, spots in found:
         tokens, columns = steered.tokens_K, np.array([index[route] for route in steering.knobs.routes])
         rows, own = tokens[:, None], slice(steering.knobs.terms_NR.shape[1])
@@ -210,16 +216,12 @@ def resolve(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> Frame
         # Selected, not multiplied: an infinite strength out of scope is 0, not NaN.
         knobs_TP3R[rows, columns, 1, own] = np.where(steered.active_KR[:, None, :], values_P3R[None, :, 1, :], 0)
         budget_T[tokens] = steering.knobs.budget
-        plain_P[columns] &= steering.knobs.plain_P & steered.active_KR.all() & (not spots)
         for spot in spots:
             is_past_P = np.array([not spot.gate.decides(route) for route in routes])
             held = np.ix_(spot.tokens_K, np.flatnonzero(is_past_P), np.flatnonzero(spot.channels_R))
             knobs_TP3R[:, :, 1][held] = 0
     every = tuple(spot for _, _, spots in found for spot in spots)
-    acted = tuple(steered for _, steered, _ in found)
-    plain_P &= (slot_PT != 0).all(axis=1) & (batch.n_decode == len(batch.segments))
-    whole = tuple(bool(plain) for plain in plain_P)
-    return Frame(routes, slot_PT, knobs_TP3R, budget_T, acted, every, frozenset.intersection(*blanks), whole)
+    return Frame(routes, slot_PT, knobs_TP3R, budget_T, tuple(counted), every, frozenset.intersection(*blanks))
 
 
 def admitted(steered: Steered, spots: Sequence[Spot], measured: Sequence[np.ndarray]) -> Steered:

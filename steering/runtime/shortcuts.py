@@ -20,6 +20,7 @@ from torch import nn
 from kernels import sparse_linear
 from steering.errors import PlantError
 from steering.plant.plant import Plant
+from steering.plant.quantised import is_quantised
 from steering.plant.taps import linears_at, site_module
 from steering.types import Route, Site
 
@@ -82,7 +83,7 @@ class Shortcuts:
             return True
         try:
             linears = linears_at(self._shell, self._plant.layout, site)
-            if any(type(linear) is not nn.Linear for linear in linears):
+            if any(type(linear) is not nn.Linear or is_quantised(linear) for linear in linears):
                 return False
             columns = [cast("nn.Linear", linear).weight.detach().t().contiguous().t() for linear in linears]
         except (PlantError, torch.OutOfMemoryError):

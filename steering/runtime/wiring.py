@@ -1,4 +1,4 @@
-"""What the engine asks of a model before it starts: its module tree and its cache."""
+"""What the engine asks of a model before it starts: its module tree and its pool of keys and values."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from transformers import PreTrainedModel
 
 from steering.plant.plant import Plant
-from steering.runtime.attention import RowAttention, ShapeProbe, register, unregister
-from steering.runtime.cache import KVCache, cache_length, free_bytes
+from steering.runtime.attention import PagedAttention, ShapeProbe, register, unregister
+from steering.runtime.cache import KVPool, free_bytes, pool_size, position_bytes
 from steering.runtime.settings import EngineSettings
 
 
 class Wired(NamedTuple):
-    """A module tree of the plant that attends over the rows of a cache."""
+    """A module tree of the plant that attends over the blocks of a pool, and the positions that a sequence may have."""
 
     shell: PreTrainedModel
-    attention: RowAttention
-    cache: KVCache
+    attention: PagedAttention
+    max_len: int
 
 
 def wire(plant: Plant, settings: EngineSettings) -> Wired:
-    """Make the tree and its cache; what a cache must hold is measured by running one token, in every family alike.
+    """Make the tree and its pool; what a pool must hold is measured by running one token, in every family alike.
 
     The attention is known to transformers under a fresh name for as long as the tree lives.
-    Raises SpecError if the cache does not fit in memory or `max_len` exceeds the model's context.
+    Raises SpecError if the pool does not fit in memory or `max_len` exceeds the model's context.
     """
-    name = f"setpoint_rows_{uuid.uuid4().hex}"
+    name = f"setpoint_blocks_{uuid.uuid4().hex}"
     probe = ShapeProbe()
     register(name, probe)
     try:
@@ -38,16 +38,23 @@ def wire(plant: Plant, settings: EngineSettings) -> Wired:
             one = torch.zeros(1, 1, dtype=torch.int64, device=plant.device)
             shell(input_ids=one, position_ids=one, use_cache=False)
         shapes = [probe.shapes[layer] for layer in sorted(probe.shapes)]
-        free, rows = free_bytes(plant.device), settings.max_batch
-        length = cache_length(shapes, rows, settings.max_len, steady_context(plant), probe.dtype, free)
-        cache = KVCache(shapes, rows, length, probe.dtype, plant.device)
+        per_position = position_bytes(shapes, probe.dtype)
+        n_blocks, max_len = pool_size(
+            settings.max_batch,
+            settings.kv_tokens,
+            settings.max_len,
+            steady_context(plant),
+            per_position,
+            free_bytes(plant.device),
+        )
+        pool = KVPool(shapes, n_blocks, probe.dtype, plant.device)
     except BaseException:
         unregister(name)
         raise
-    attention = RowAttention(cache)
+    attention = PagedAttention(pool)
     register(name, attention)
     weakref.finalize(shell, unregister, name)
-    return Wired(shell, attention, cache)
+    return Wired(shell, attention, max_len)
 
 
 def steady_context(plant: Plant) -> int:

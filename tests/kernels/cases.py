@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+both_ways = pytest.mark.usefixtures("way")
+"""Runs a test with the compiled function and with the reference: see conftest.py."""
 
 Batch = dict[str, Tensor]
 """The arguments of `feedback_` by name, in its order."""

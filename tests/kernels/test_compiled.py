@@ -17,17 +17,18 @@ CHECK = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import _edits, _launch, _sparse_linear
+from kernels import _attention, _edits, _launch, _sparse_linear
 
-INTEGERS = {"slot_t", "channel", "count", "saturated", "index", "found"}
-ROWS = {"y", "x", "weight"}
+INTEGERS = {"slot_t", "channel", "count", "saturated", "index", "found", "table", "length"}
+ROWS = {"y", "x", "weight", "out", "query", "key", "value"}
 
 
 def compiled(kernel, dtype, **constants):
     kinds = {
         name: "constexpr" if name in constants
         else "*i32" if name in INTEGERS
-        else "i32" if name in ("D", "E")
+        else "i32" if name in ("D", "E", "places", "stretches")
+        else "fp32" if name in ("factor", "softcap")
         else "i64" if "_" in name
         else f"*{dtype}" if name in ROWS
         else "*fp32"
@@ -45,6 +46,14 @@ for rest in (0, 3):
 compiled(_sparse_linear._list_kernel, "bf16", D=2304, BLOCK=1024)
 for bias in (True, False):
     compiled(_sparse_linear._columns_kernel, "bf16", HAS_BIAS=bias, BLOCK_N=64, BLOCK_E=32)
+for dtype, single in (("bf16", False), ("fp32", True)):
+    sizes = {"U": 96, "LENGTH": 256, "WINDOW": 0 if single else 512}
+    tile = {"BLOCK_G": 16, "BLOCK_W": 128, "BLOCK_U": 128, "BLOCK_L": 32}
+    compiled(
+        _attention._stretch_kernel, dtype, G=4, W=128, P=16, SINGLE=single, CAPPED=single, WIDE=dtype == "fp32",
+        **sizes, **tile,
+    )
+compiled(_attention._sum_kernel, "bf16", **sizes, ADDED=8, BLOCK_U=128)
 """
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import _bound
+from kernels import _bound, _cpu
 from steering.edit import Mask, Sparse, Turn
-from tests.kernels.cases import DTYPES, INF, MUTATED, Batch, assert_same, clone, same_bits, tokens
+from tests.kernels.cases import DTYPES, INF, MUTATED, Batch, assert_same, both_ways, clone, same_bits, tokens
 from tests.kernels.edit_cases import FORMS, assert_agrees, batch
 from tests.tolerances import KERNELS
 
@@ -29,6 +29,7 @@ def run(form: str, args: Batch) -> Batch:
     return out
 
 
+@both_ways
 @each_form
 @pytest.mark.parametrize("slots", ["mixed", "one"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -41,6 +42,7 @@ def test_equals_the_loop_over_tokens_and_edits(
     assert_agrees(form, args, run(form, args), KERNELS["stored"][str(dtype).removeprefix("torch.")], unit)
 
 
+@both_ways
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("E", [17, 192, 2304])
@@ -52,6 +54,7 @@ def test_token_alone_equals_token_in_any_batch(E: int, dtype: torch.dtype, form:
             assert_same(run(form, tokens(args, start, start + size)), tokens(whole, start, start + size))
 
 
+@both_ways
 @each_form
 def test_one_program_for_all_equals_many_programs(form: str) -> None:
     args = batch(form, 12, 192, slots="one")
@@ -61,13 +64,15 @@ def test_one_program_for_all_equals_many_programs(form: str) -> None:
 
 
 @each_form
-def test_long_batch_is_cut_without_a_trace(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_cuts_a_long_batch_without_a_trace(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "jit", None)
     args = batch(form, 33, 48)
     whole = run(form, args)
     monkeypatch.setattr(_bound, "CHUNK", 7 * 96)
     assert_same(run(form, args), whole)
 
 
+@both_ways
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_without_a_program_keeps_every_bit(dtype: torch.dtype, form: str) -> None:
@@ -82,6 +87,7 @@ def test_token_without_a_program_keeps_every_bit(dtype: torch.dtype, form: str) 
         assert torch.isfinite(got[name][~out_of_use]).all(), name
 
 
+@both_ways
 @each_form
 @pytest.mark.parametrize("slots", ["all", "one"])
 @pytest.mark.parametrize("value", [1.0, -0.0, INF, torch.nan])
@@ -98,6 +104,7 @@ def test_zero_strength_keeps_every_bit_and_still_measures(value: float, slots: s
     assert ((got["measured_TR"] != -9).sum(1) == has_edit).all()
 
 
+@both_ways
 @each_form
 def test_padding_is_not_read(form: str) -> None:
     args = batch(form, 12, 40, 4, slots="all")
@@ -109,6 +116,7 @@ def test_padding_is_not_read(form: str) -> None:
     assert_same(run(form, args), args)
 
 
+@both_ways
 @each_form
 def test_coordinates_that_are_not_moved_keep_their_bits(form: str) -> None:
     args = batch(form, 6, 40, slots="one", K=0)
@@ -150,6 +158,7 @@ def test_effort_is_the_distance_really_moved(form: str) -> None:
     assert got["effort_T"].any()
 
 
+@both_ways
 @each_form
 @pytest.mark.parametrize("value", [INF, -INF, torch.nan, 1e25])
 @pytest.mark.parametrize("bounds", [True, False])
@@ -166,6 +175,7 @@ def test_diverged_row_is_visible_and_stays_alone(value: float, bounds: bool, for
         assert same_bits(got[name][others], calm[name][others])
 
 
+@both_ways
 @pytest.mark.parametrize("form", ["mask", "sparsify"])
 def test_immense_strength_is_visible_without_a_bound_and_finite_with_one(form: str) -> None:
     args = batch(form, 4, 40, 1, slots="one", bounds=False)
@@ -192,6 +202,7 @@ def test_row_of_zeros_reports_an_effort_without_nan(form: str) -> None:
     assert (held["effort_T"] <= 0.5 * 3 * (1 + KERNELS["bound"])).all()
 
 
+@both_ways
 @each_form
 def test_strides_do_not_matter(form: str) -> None:
     args = batch(form, 9, 40)
@@ -216,6 +227,7 @@ def test_agrees_with_the_edit_that_steering_compiles(form: str) -> None:
     torch.testing.assert_close(run(form, args)["y_TE"], edit(args["y_TE"], args["y_TE"]), rtol=1e-12, atol=1e-12)
 
 
+@both_ways
 def test_mask_drops_to_exact_zeros_inside_its_support_only() -> None:
     args = batch("mask", 8, 40, 1, slots="one", bounds=False, dtype=torch.bfloat16)
     args["strength_TR"][:] = 1
@@ -253,6 +265,7 @@ def test_turn_keeps_the_norm_and_reaches_its_share_of_the_angle(strength: float)
     )
 
 
+@both_ways
 def test_adaptive_turn_leaves_what_points_away() -> None:
     args = batch("turn", 30, 24, 1, slots="one", bounds=False)
     args["strength_TR"][:] = 1
@@ -265,6 +278,7 @@ def test_adaptive_turn_leaves_what_points_away() -> None:
     assert (got["measured_TR"][:, args["channel_SM"][3, 0]] != 0).all()
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 7, 39, 40, 41])
 def test_sparsify_keeps_the_largest_and_all_their_ties(count: int, dtype: torch.dtype) -> None:
@@ -283,6 +297,7 @@ def test_sparsify_keeps_the_largest_and_all_their_ties(count: int, dtype: torch.
         assert math.isclose(got["measured_TR"][t, args["channel_SM"][3, 0]], 1 - kept.float().mean(), abs_tol=1e-6)
 
 
+@both_ways
 def test_sparsify_at_a_threshold_keeps_only_what_is_above() -> None:
     args = batch("sparsify", 5, 40, 1, K=0, slots="one", bounds=False)
     args["strength_TR"][:] = 1
@@ -306,6 +321,7 @@ def test_registration_passes_opcheck(dtype: torch.dtype, form: str) -> None:
     torch.library.opcheck(DEFINED[form], tuple(batch(form, 5, 16, dtype=dtype).values()))
 
 
+@both_ways
 @each_form
 @pytest.mark.parametrize(
     ("name", "wrong"),

@@ -16,7 +16,18 @@ from torch import Tensor
 import kernels
 from kernels import feedback, feedback_
 from steering.law import Law
-from tests.kernels.cases import DTYPES, INF, MUTATED, assert_agrees, assert_same, batch, clone, same_bits, tokens
+from tests.kernels.cases import (
+    DTYPES,
+    INF,
+    MUTATED,
+    assert_agrees,
+    assert_same,
+    batch,
+    both_ways,
+    clone,
+    same_bits,
+    tokens,
+)
 from tests.tolerances import KERNELS
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
@@ -29,6 +40,7 @@ def run(args: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+@both_ways
 @pytest.mark.parametrize("slots", ["mixed", "all", "one"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("T", "D", "E", "R"), [(1, 8, 8, 1), (7, 192, 64, 2), (16, 192, 192, 1), (5, 2304, 192, 8)])
@@ -40,6 +52,7 @@ def test_equals_the_loop_over_tokens_and_channels(
     assert_agrees(args, run(args), KERNELS["stored"][str(dtype).removeprefix("torch.")], unit)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [8, 17, 192, 768, 4096])
 @pytest.mark.parametrize("R", [1, 3, 8])
@@ -51,6 +64,7 @@ def test_token_alone_equals_token_in_any_batch(D: int, R: int, dtype: torch.dtyp
             assert_same(run(tokens(args, start, start + size)), tokens(whole, start, start + size))
 
 
+@both_ways
 def test_one_program_for_all_equals_many_programs() -> None:
     args = batch(12, 192, 2, slots="one")
     mixed = clone(args)
@@ -58,13 +72,16 @@ def test_one_program_for_all_equals_many_programs() -> None:
     assert_same(tokens(run(args), 4, 12), tokens(run(mixed), 4, 12))
 
 
-def test_long_batch_is_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_cuts_a_long_batch_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     args = batch(33, 48, 2)
-    whole = run(args)
+    whole, parts = clone(args), clone(args)
+    feedback.reference(*whole.values())
     monkeypatch.setattr(feedback, "CHUNK", 7 * 96)
-    assert_same(run(args), whole)
+    feedback.reference(*parts.values())
+    assert_same(parts, whole)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_without_a_program_keeps_every_bit(dtype: torch.dtype) -> None:
     args = batch(16, 40, 2, dtype=dtype)
@@ -85,6 +102,7 @@ def test_batch_without_programs_is_not_looked_at() -> None:
     assert_same(run(args), args)
 
 
+@both_ways
 @pytest.mark.parametrize("slots", ["mixed", "all", "one"])
 @pytest.mark.parametrize("setpoint", [INF, -INF, torch.nan, 1e30])
 def test_zero_strength_is_bitwise_identity_and_still_measures(setpoint: float, slots: str) -> None:
@@ -101,6 +119,7 @@ def test_zero_strength_is_bitwise_identity_and_still_measures(setpoint: float, s
     torch.testing.assert_close(got["measured_TR"][2:5].double(), want, rtol=0, atol=1e-5)
 
 
+@both_ways
 @pytest.mark.parametrize("value", [INF, torch.nan])
 def test_zero_strength_hands_nothing_on_from_a_diverged_row(value: float) -> None:
     args = batch(4, 40, 2, slots="all")
@@ -111,6 +130,7 @@ def test_zero_strength_hands_nothing_on_from_a_diverged_row(value: float) -> Non
         assert same_bits(got[name][1], args[name][1]), name
 
 
+@both_ways
 @pytest.mark.parametrize("setpoint", [INF, torch.nan])
 def test_idle_channel_does_not_disturb_the_others(setpoint: float) -> None:
     args = batch(6, 40, 3, slots="all")
@@ -120,6 +140,7 @@ def test_idle_channel_does_not_disturb_the_others(setpoint: float) -> None:
     assert_same(run(args), plain)
 
 
+@both_ways
 def test_channel_without_a_gain_only_measures() -> None:
     args = batch(6, 40, 2, slots="one", bounds=False)
     args["gain_SRE"][3] = 0
@@ -157,6 +178,7 @@ def test_budget_bounds_the_sum_over_the_layers(shape: tuple[int, int, int, int])
     assert args["saturated_T"][spent_out].all()
 
 
+@both_ways
 def test_budget_bounds_channels_that_only_together_exceed_it() -> None:
     args = batch(4, 64, 2, slots="all", bounds=False)
     for name in ("probe_SRD", "gain_SRE", "norm_SR", "setpoint_TR", "strength_TR"):
@@ -214,6 +236,7 @@ def test_control_is_linear_in_strength_where_nothing_saturates(shape: tuple[int,
     assert not run(scaled)["saturated_T"].any()
 
 
+@both_ways
 @pytest.mark.parametrize("setpoint", [1e30, -1e30, 3e38, INF])
 def test_overflow_is_visible_and_stays_in_its_row(setpoint: float) -> None:
     args = batch(6, 192, 1, slots="all", bounds=False)
@@ -228,6 +251,7 @@ def test_overflow_is_visible_and_stays_in_its_row(setpoint: float) -> None:
         assert same_bits(got[name][others], calm[name][others])
 
 
+@both_ways
 @pytest.mark.parametrize("bound", ["cap_TR", "budget_T"])
 @pytest.mark.parametrize("setpoint", [1e30, 3e38, -INF])
 def test_bounded_overflow_is_finite_and_flagged(setpoint: float, bound: str) -> None:
@@ -243,6 +267,7 @@ def test_bounded_overflow_is_finite_and_flagged(setpoint: float, bound: str) -> 
     assert (got["saturated_T"] == 1).all()
 
 
+@both_ways
 def test_zero_row_moves_by_addition_and_reports_an_effort_without_nan() -> None:
     args = batch(3, 16, 1, slots="one", bounds=False)
     args["x_TD"].zero_()
@@ -255,6 +280,7 @@ def test_zero_row_moves_by_addition_and_reports_an_effort_without_nan() -> None:
     assert (held["effort_T"] <= 0.5).all()
 
 
+@both_ways
 @pytest.mark.parametrize("slots", ["mixed", "all", "one"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_x_may_be_y(dtype: torch.dtype, slots: str) -> None:
@@ -267,6 +293,7 @@ def test_x_may_be_y(dtype: torch.dtype, slots: str) -> None:
     assert_same(together, apart)
 
 
+@both_ways
 def test_strides_do_not_matter() -> None:
     args = batch(9, 40, 3)
     assert not args["y_TE"].is_contiguous()
@@ -274,6 +301,7 @@ def test_strides_do_not_matter() -> None:
     assert_same(run({name: value.contiguous() for name, value in args.items()}), run(args))
 
 
+@both_ways
 def test_bank_in_the_dtype_of_y() -> None:
     args = batch(9, 40, 3, dtype=torch.bfloat16)
     for name in ("probe_SRD", "gain_SRE"):
@@ -325,6 +353,7 @@ def test_knee_reads_the_features_of_a_sparse_autoencoder() -> None:
     torch.testing.assert_close(got["y_TE"], args["y_TE"] + spend_TR @ args["gain_SRE"][3], rtol=1e-12, atol=1e-12)
 
 
+@both_ways
 def test_knee_hides_no_overflow() -> None:
     args = batch(3, 24, 1, slots="one", bounds=False)
     args["knee_SR"][3] = args["floor_SR"][3] = 0.0
@@ -348,6 +377,7 @@ def test_relative_setpoint_holds_a_cosine() -> None:
     torch.testing.assert_close(args["y_TE"], want, rtol=1e-12, atol=1e-12)
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
@@ -368,7 +398,18 @@ def test_wrong_shape_is_named_and_not_broadcast(name: str, wrong: object) -> Non
 
 
 def test_package_is_not_mistaken_for_another() -> None:
-    assert kernels.__all__ == ["feedback_", "mask_", "plain_feedback_", "sparse_linear", "sparsify_", "turn_"]
+    assert kernels.__all__ == [
+        "bind",
+        "bind_norm",
+        "feedback_",
+        "mask_",
+        "norm_",
+        "paged_attention",
+        "sparse_linear",
+        "sparsify_",
+        "turn_",
+        "warm",
+    ]
     assert not hasattr(kernels, "__version__")  # transformers looks for it in Hugging Face's package of this name
 
 

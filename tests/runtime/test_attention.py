@@ -1,4 +1,4 @@
-"""Attention over rows equals a softmax written out, whatever the batch and whatever lies in other rows."""
+"""Attention over blocks equals a softmax written out, whatever the batch and whatever lies in other blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering.runtime.attention import Placement, RowAttention
-from steering.runtime.cache import KVCache, KVShape
+from steering.runtime.attention import PagedAttention
+from steering.runtime.cache import BLOCK, KVPool, KVShape
+from steering.runtime.placement import Placement
 from steering.runtime.request import Request
 from steering.runtime.scheduler import Batch, Sequence
 
-ROWS, LENGTH, KV, GROUP, WIDTH = 8, 24, 2, 3, 8
+BLOCKS, KV, GROUP, WIDTH = 12, 2, 3, 8
 CPU = torch.device("cpu")
 
 
@@ -36,33 +37,34 @@ def expected(
 @pytest.mark.parametrize(
     "pieces",
     [
-        [(0, 9, 1)],
-        [(0, 9, 1), (1, 3, 1), (2, 0, 1)],
-        [(0, 5, 1), (2, 7, 1), (3, 2, 1)],  # a gap: row 1 is attended and ignored
-        [(1, 5, 1), (7, 7, 1)],  # sparse: rows are gathered
-        [(3, 0, 6), (0, 4, 5)],
-        [(0, 5, 1), (4, 2, 1), (1, 0, 3), (2, 6, 7)],
+        [(9, 1)],
+        [(9, 1), (3, 1), (0, 1)],
+        [(40, 1), (15, 1), (16, 1)],
+        [(0, 6), (0, 17)],
+        [(5, 1), (16, 3), (0, 3), (30, 7), (33, 1)],
     ],
     ids=str,
 )
-def test_equals_the_formula(pieces: list[tuple[int, int, int]], window: int | None, cap: float | None) -> None:
+def test_equals_the_formula(pieces: list[tuple[int, int]], window: int | None, cap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache([KVShape((KV, WIDTH), (KV, WIDTH))], ROWS, LENGTH, torch.float32, CPU)
-    for tensor in (cache.keys[0], cache.values[0]):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        for row in set(range(ROWS)) - {row for row, _, _ in pieces}:
-            tensor[row, 1:] = math.nan  # what a sequence that diverged leaves behind, but for the first position
+    pool = KVPool([KVShape((KV, WIDTH), (KV, WIDTH))], BLOCKS, torch.float32, CPU)
+    for tensor in (pool.keys[0], pool.values[0]):
+        tensor[1:] = math.nan  # what a sequence that diverged leaves behind
+    free = torch.randperm(BLOCKS, generator=generator).tolist()
     sequences = []
-    for i, (row, start, length) in enumerate(pieces):
+    for i, (start, length) in enumerate(pieces):
         one = Sequence(Request(str(i), tuple(range(start + length))))
-        one.rows = (row,)
+        one.tables[0].extend(free.pop() + 1 for _ in range(-(-(start + length) // BLOCK)))
+        for at in range(start):
+            for tensor in (pool.keys[0], pool.values[0]):
+                tensor[one.tables[0][at // BLOCK], at % BLOCK] = torch.randn(KV, WIDTH, generator=generator)
         sequences.append((one, start, length))
-    batch = Batch.pack(sequences)
-    at_T = torch.tensor([s.row * LENGTH + s.start + j for s in batch.segments for j in range(s.length)])
+    batch = Batch.pack(sequences, BLOCK)
     query = torch.randn(1, KV * GROUP, batch.n_tokens, WIDTH, generator=generator)
     key, value = (torch.randn(1, KV, batch.n_tokens, WIDTH, generator=generator) for _ in range(2))
-    attention = RowAttention(cache)
-    attention.place = Placement.of(batch, at_T, CPU)
+    attention = PagedAttention(pool)
+    attention.place = Placement.of(batch, BLOCK, CPU)
+    assert attention.place.ids_T.tolist() == [s.start + j for s in batch.segments for j in range(s.length)]
     out, _ = attention(
         SimpleNamespace(layer_idx=0),
         query,
@@ -74,9 +76,10 @@ def test_equals_the_formula(pieces: list[tuple[int, int, int]], window: int | No
         softcap=cap,  # type: ignore[arg-type]
     )
     for s in batch.segments:
+        keys, values = pool.read(0, torch.tensor(s.table), s.start + s.length)
         for j in range(s.length):
             end = s.start + j + 1
-            keys, values = cache.keys[0][s.row, :end], cache.values[0][s.row, :end]
-            wanted = expected(query[0, :, s.offset + j], keys, values, window, cap, 0.3)
+            seen = keys[:, :end].transpose(0, 1), values[:, :end].transpose(0, 1)
+            wanted = expected(query[0, :, s.offset + j], *seen, window, cap, 0.3)
             assert torch.allclose(out[0, s.offset + j].double(), wanted, atol=1e-5)
-            assert torch.equal(keys[-1], key[0, :, s.offset + j])
+            assert torch.equal(keys[:, end - 1], key[0, :, s.offset + j])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from steering.errors import BankFull
+from steering.errors import BankFull, CapacityError
 from steering.program import Program, Term
+from steering.runtime import bank as bank_module
 from steering.runtime.bank import Bank, Knobs, Tensors
 from steering.types import across, at
 from tests.runtime.naive import across_program, law
@@ -52,7 +55,7 @@ def test_a_program_that_does_not_fit_in_memory_leaves_the_bank_as_it_was(monkeyp
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tensors, "holding", full)
+        patch.setattr(Tensors, "grown", full)
         with pytest.raises(torch.OutOfMemoryError):
             bank.acquire(wide)
     assert (bank.rank, len(bank)) == (1, 1)
@@ -130,3 +133,92 @@ def test_knobs_are_the_programs_numbers() -> None:
     assert knobs.terms_NR.tolist() == [[True, False, False], [False, True, True]]
     assert knobs.values_P3R[0, 1].tolist() == [1, 0, 0], "idle channels have no strength"
     assert knobs.values_P3R[1, 0].tolist() == pytest.approx(program.laws[across(2)].setpoint.tolist())
+
+
+def test_three_hundred_are_resident_two_thousand_known_and_none_is_in_the_way_of_another() -> None:
+    bank = Bank(300, CPU)
+    programs = [across_program(i, layers=(1,)) for i in range(2000)]
+    held = programs[:150]
+    slots = {bank.acquire(program) for program in held}
+    for program in programs[150:]:
+        bank.acquire(program)
+        bank.release(program)
+    assert (len(bank), len(bank.programs)) == (300, 2000)
+    assert {bank.acquire(program) for program in held} == slots, "what is held stays where it is"
+    probe_SRD, gain_SRE = (bank.routes[across(1)][name] for name in ("probe", "gain"))
+    for program in (*held, *programs[-150:]):
+        slot, own = bank.acquire(program), program.laws[across(1)]
+        assert torch.equal(probe_SRD[slot], own.probe)  # type: ignore[union-attr]
+        assert torch.equal(gain_SRE[slot], own.gain)  # type: ignore[union-attr]
+    with pytest.raises(BankFull):
+        bank.acquire(programs[200])
+
+
+def test_memory_follows_the_programs_that_are_there() -> None:
+    bank = Bank(256, CPU)
+    for i in range(20):
+        bank.acquire(across_program(i, layers=(1,)))
+    bank.acquire(across_program(99, layers=(2,)))
+    assert [len(bank.routes[across(layer)]["probe"]) for layer in (1, 2)] == [33, 33]
+    assert len(Bank(256, CPU).routes) == 0
+    few = Bank(256, CPU)
+    few.acquire(across_program(1))
+    assert len(few.routes[across(1)]["probe"]) == 9
+
+
+def test_slots_that_are_free_hold_nothing_and_the_lowest_goes_first() -> None:
+    bank, programs = Bank(3, CPU), [across_program(i, rank=2) for i in range(3)]
+    assert [bank.acquire(program) for program in programs] == [1, 2, 3]
+    for program in programs:
+        bank.release(program)
+    assert bank.acquire(across_program(7)) == 1
+    tensors = bank.routes[across(1)]
+    assert not tensors["gain"][1, 1].any(), "the channel of who was there before"
+    assert tensors["limit"][1].tolist() == [math.inf] * 2
+    assert tensors["knee"][1].tolist() == [-math.inf] * 2
+
+
+def test_what_does_not_fit_in_memory_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "SMALL", 0)
+    bank, held, idle = Bank(40, CPU), across_program(1, layers=(1,)), across_program(2, layers=(2,))
+    monkeypatch.setattr(bank_module, "spare_bytes", lambda _: 10**6)
+    for program in (held, idle):
+        bank.acquire(program)
+    bank.release(idle)
+    probe = bank.routes[across(1)]["probe"].clone()
+    monkeypatch.setattr(bank_module, "spare_bytes", lambda _: 10**5)
+    with pytest.raises(CapacityError, match=r"needs 0\.2 MB .* 0\.1 MB are free") as refused:
+        bank.acquire(across_program(3, layers=(1,), rank=64))
+    assert not isinstance(refused.value, BankFull), "waiting would not help"
+    assert (len(bank), set(bank.routes)) == (1, {across(1)}), "what nobody used had to go"
+    assert torch.equal(bank.routes[across(1)]["probe"], probe)
+    monkeypatch.setattr(bank_module, "spare_bytes", lambda _: 0)
+    others = [across_program(10 + i, layers=(1,)) for i in range(7)]
+    for program in others:
+        bank.acquire(program)
+    with pytest.raises(BankFull, match="every slot that has room"):  # the ninth needs more rows
+        bank.acquire(across_program(20, layers=(1,)))
+    bank.release(others[0])
+    assert bank.acquire(across_program(20, layers=(1,))) == 2
+
+
+def test_what_is_prepared_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, program = Bank(2, CPU), across_program(1)
+    bank.prepare(program)
+    own = type(program.laws[across(1)])
+    monkeypatch.setattr(own, "resident", lambda _: pytest.fail("on the engine's thread"))
+    monkeypatch.setattr(own, "knobs", lambda *_: pytest.fail("on the engine's thread"))
+    assert bank.acquire(program) == 1
+    assert bank.knobs(program) is bank.knobs(program)
+    assert program.fingerprint
+    assert bank.knobs(program).values_P3R.shape == (2, 3, 1)
+
+
+def test_knobs_go_with_their_program() -> None:
+    bank, program = Bank(2, CPU), across_program(1)
+    bank.prepare(program)
+    assert len(bank._knobs) == 1
+    del program
+    gc.collect()
+    assert len(bank._knobs) == 0
+    assert len(bank.programs) == 1, "its shape stays known"

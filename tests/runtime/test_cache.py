@@ -6,50 +6,64 @@ import pytest
 import torch
 
 from steering.errors import SpecError
-from steering.runtime.cache import KVCache, KVShape, cache_bytes, cache_length
+from steering.runtime.cache import BLOCK, KVPool, KVShape, pool_size, position_bytes
 
 SHAPES = [KVShape((2, 8), (2, 4))] * 3
-PER_POSITION = 3 * (16 + 8) * 4 * 5  # layers · numbers · float32 · rows
+PER_POSITION = 3 * (16 + 8) * 4  # layers · numbers · float32
+CPU = torch.device("cpu")
 
 
-def length(wanted: int | None, free: int, context: int = 100) -> int:
-    return cache_length(SHAPES, 5, wanted, context, torch.float32, free)
+def size(
+    wanted: int | None, free: int, *, max_len: int | None = None, context: int = 100, rows: int = 5
+) -> tuple[int, int]:
+    return pool_size(rows, wanted, max_len, context, PER_POSITION, free * PER_POSITION)
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:
-    cache = KVCache(SHAPES, 5, 7, torch.float32, torch.device("cpu"))
-    tensors = [*cache.keys, *cache.values]
-    assert (
-        sum(t.numel() * t.element_size() for t in tensors)
-        == cache_bytes(SHAPES, 5, 7, torch.float32)
-        == 7 * PER_POSITION
-    )
+    pool = KVPool(SHAPES, 7, torch.float32, CPU)
+    numbers = sum(t.numel() for t in (*pool.keys, *pool.values))
+    assert position_bytes(SHAPES, torch.float32) == PER_POSITION
+    assert numbers * 4 == (7 + 1) * BLOCK * PER_POSITION
 
 
-def test_an_automatic_length_takes_half_of_what_is_free() -> None:
-    assert length(None, 10**9) == 100
-    assert length(None, 80 * PER_POSITION) == 40
-    assert length(60, 60 * PER_POSITION) == 60
-    assert length(None, 10**9, context=8) == 8
+def test_an_automatic_pool_takes_half_of_what_is_free() -> None:
+    assert size(None, 10**6) == (5 * 7, 100)  # five sequences of 100 positions, 7 blocks each
+    assert size(None, 640) == (20, 100)
+    assert size(None, 96) == (3, 48)
+    assert size(None, 10**6, context=8) == (5, 8)
+    assert size(None, 10**6, max_len=20) == (10, 20)
+    assert size(None, 64, max_len=60) == (4, 60)  # one sequence of the length that was asked for may take all
+    assert size(100, 10**6) == (7, 100)
+    assert size(40, 10**6) == (3, 48)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "free", "field"),
-    [(101, 10**9, "max_len"), (0, 10**9, "max_len"), (60, 59 * PER_POSITION, "max_batch"), (None, 1000, "max_batch")],
+    ("wanted", "max_len", "free", "field"),
+    [
+        (None, 101, 10**6, "max_len"),
+        (None, 0, 10**6, "max_len"),
+        (None, 60, 59, "max_len"),
+        (None, None, 20, "max_batch"),
+        (2000, None, 1000, "kv_tokens"),
+        (32, 60, 10**6, "kv_tokens"),
+    ],
 )
-def test_what_does_not_fit_is_refused_by_name(wanted: int | None, free: int, field: str) -> None:
+def test_what_does_not_fit_is_refused_by_name(wanted: int | None, max_len: int | None, free: int, field: str) -> None:
     with pytest.raises(SpecError) as error:
-        length(wanted, free)
+        size(wanted, free, max_len=max_len)
     assert error.value.param == field
 
 
-def test_a_write_lands_in_its_row_and_clearing_leaves_the_others() -> None:
-    cache = KVCache(SHAPES, 3, 4, torch.float32, torch.device("cpu"))
-    key, value = torch.randn(2, 2, 8), torch.randn(2, 2, 4)
-    cache.write(1, torch.tensor([1 * 4 + 3, 2 * 4 + 0]), key, value)
-    assert torch.equal(cache.keys[1][1, 3], key[0])
-    assert torch.equal(cache.values[1][2, 0], value[1])
-    cache.clear(1, 4)
-    assert not cache.keys[1][1].any()
-    assert cache.values[1][2, 0].any()
-    assert not cache.keys[0].any()
+def test_a_write_lands_in_its_block_is_read_back_and_clearing_leaves_the_others() -> None:
+    pool = KVPool(SHAPES, 3, torch.float32, CPU)
+    key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 4)
+    pool.write(1, torch.tensor([1 * BLOCK + 3, 2 * BLOCK, 3 * BLOCK - 1]), key, value)
+    keys, values = pool.read(1, torch.tensor([2, 1]), BLOCK + 4)
+    assert torch.equal(keys[:, 0], key[1])
+    assert torch.equal(keys[:, BLOCK + 3], key[0])
+    assert torch.equal(values[:, BLOCK - 1], value[2])
+    assert keys.shape == (2, BLOCK + 4, 8)
+    pool.clear([1])
+    assert not pool.keys[1][1].any()
+    assert pool.values[1][2, 0].any()
+    assert not pool.keys[0].any()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from steering.runtime.detokenize import Detokenizer, StopFilter
+from steering.runtime.detokenize import Detokenizer, StopFilter, _remembering
 from tests.plants import tiny_tokenizer
 
 
@@ -99,3 +99,15 @@ def test_a_stop_string_and_its_beginnings_are_held_back(stops: tuple[str, ...], 
     else:
         assert released == text[: text.find(met)]
         assert met in stops
+
+
+def test_a_single_tokens_text_is_worked_out_once() -> None:
+    asked: list[list[int]] = []
+
+    def decode(ids: list[int]) -> str:
+        asked.append(ids)
+        return "".join(chr(97 + token) for token in ids)
+
+    remembered = _remembering(decode)
+    assert [remembered(ids) for ids in ([1], [1, 2], [1], [1, 2], [2])] == ["b", "bc", "b", "bc", "c"]
+    assert asked == [[1], [1, 2], [1, 2], [2]]

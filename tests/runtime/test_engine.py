@@ -203,10 +203,10 @@ def test_a_failing_step_ends_only_the_request_at_fault(monkeypatch: pytest.Monke
     shared = engine()
     call = type(shared._runner).__call__
 
-    def breaks(runner, batch, frame):  # type: ignore[no-untyped-def]
+    def breaks(runner, batch, *rest):  # type: ignore[no-untyped-def]
         if any(s.sequence.request.id == "bad" and s.start > 15 for s in batch.segments):
             raise torch.OutOfMemoryError("no room")
-        return call(runner, batch, frame)
+        return call(runner, batch, *rest)
 
     monkeypatch.setattr(type(shared._runner), "__call__", breaks)
     good = [Request(str(i), p, greedy(), across_program(i)) for i, p in enumerate(PROMPTS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from steering.plant.layouts import layout_of
 from steering.plant.plant import Plant
 from steering.plant.taps import tap
 from steering.program import Guard, Positions, Program, Scope, Term
-from steering.runtime import Delta, Engine, EngineSettings, Event, Finished, Request, Sampling, TokenLogprob, outcome
+from steering.runtime import Delta, Engine, EngineSettings, Event, Finished, Request, Sampling, flights
 from steering.runtime.runner import Output
 from steering.types import across
 from tests.plants import VOCAB, prompts, tiny, tiny_tokenizer
@@ -164,16 +165,16 @@ def test_a_state_that_is_not_finite_ends_its_reader_alone() -> None:
 
 
 def test_logits_are_judged_in_slices_and_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, kept, judge = engine(), list[int](), outcome._judge
+    own, kept, judge = engine(), list[int](), flights._judge
 
-    def counted(output: Output) -> tuple[dict[str, list[TokenLogprob]], set[str]]:
+    def counted(output: Output) -> Iterator[flights._Judged]:
         kept.append(len(output.judged_JV))
         return judge(output)
 
-    monkeypatch.setattr(outcome, "_judge", counted)
+    monkeypatch.setattr(flights, "_judge", counted)
     whole = run(own, [Request("a", PROMPTS[0], READ)])[0]
     assert kept == [13]
-    monkeypatch.setattr(outcome, "_SLICE", 3)
+    monkeypatch.setattr(flights, "_SLICE", 3)
     sliced = run(own, [Request("a", PROMPTS[0], READ)])[0]
     for one, other in zip((whole.prompt_logprobs or ())[1:], (sliced.prompt_logprobs or ())[1:], strict=True):
         assert one is not None

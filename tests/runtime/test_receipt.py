@@ -12,8 +12,8 @@ import torch
 
 from steering.edit import Mask
 from steering.program import Program, Scope, Term
+from steering.runtime.launches import Reading, write_sites
 from steering.runtime.receipt import Tally
-from steering.runtime.runner import Reading, write_sites
 from steering.runtime.scope import Steered
 from steering.types import across, at, edit_at
 from tests.runtime.naive import across_program, law
@@ -26,9 +26,7 @@ EFFORT = np.array([[0.1, 0, 0.3, 0.2], [0.1, 0, 0.1, 0.1], [0, 0, 0.2, 0.3]], dt
 
 def reading(measured: np.ndarray = MEASURED, effort: np.ndarray = EFFORT, routes: tuple = ROUTES) -> Reading:  # type: ignore[type-arg]
     saturated = np.array([0, 0, 1, 0], dtype=np.int32)
-    return Reading(
-        routes, write_sites(routes), measured, effort, saturated, effort.sum(0).tolist(), effort.max(0).tolist()
-    )
+    return Reading(routes, write_sites(routes), measured, effort, saturated, effort.sum(0), effort.max(0))
 
 
 def steered(*tokens: int, rank: int = 1) -> Steered:
@@ -102,7 +100,7 @@ def test_a_trace_of_edits_has_the_effort_of_each_site() -> None:
     program = Program((Term("m", "test", masks, gauges=dict.fromkeys(masks, (0.0, 1.0))),))
     found, effort = tuple(program.laws), np.array([[0.1], [0.4]], dtype=np.float32)
     tally = Tally(program)
-    told = Reading(found, write_sites(found), np.zeros((1, 2, 1)), effort, np.zeros(1), effort.sum(0).tolist(), [0.4])
+    told = Reading(found, write_sites(found), np.zeros((1, 2, 1)), effort, np.zeros(1), effort.sum(0), np.array([0.4]))
     tally.add(steered(0), told)
     assert [r.effort for r in tally.trace(steered(0), told, 0)] == pytest.approx([0.1, 0.4])
 

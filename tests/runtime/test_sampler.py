@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.runtime.request import Sampling
-from steering.runtime.sampler import Draw, Uniforms, adjust_, forbid, invert_cdf, report, restrict, sample
+from steering.runtime.sampler import (
+    Draw,
+    Uniforms,
+    adjust_,
+    choose,
+    forbid,
+    invert_cdf,
+    rank,
+    reports,
+    restrict,
+    sample,
+    told,
+)
 
 V = 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -121,13 +135,39 @@ def test_uniform_numbers_depend_on_seed_and_step_alone() -> None:
     assert all(0 <= a[i] < 1 for i in range(100))
 
 
+def test_a_token_drawn_ahead_is_the_one_drawn_in_its_turn() -> None:
+    rules = [Sampling(seed=i, temperature=(0.0, 1.5)[i % 2], logprobs=(None, 2)[i // 3]) for i in range(6)]
+    draws = [draw(rule) for rule in rules]
+    ahead = told(choose(LOGITS, draws, ahead=1))
+    for each in draws:
+        each.advance(3)
+    assert ahead == sample(LOGITS, draws)
+    assert all(each.is_steady for each in draws)
+    assert not any(
+        draw(rule).is_steady
+        for rule in (Sampling(logit_bias={1: 1.0}), Sampling(min_tokens=1), Sampling(frequency_penalty=0.1))
+    )
+
+
+def test_a_row_that_is_not_finite_gets_some_token() -> None:
+    """What is drawn for a request whose state is lost must be a token, or the step in the air would not run."""
+    spoilt = LOGITS.clone()
+    spoilt[1::2] = torch.nan
+    rules = [Sampling(), Sampling(temperature=0), Sampling(top_p=0.5), Sampling(min_p=0.1, top_k=3)]
+    for rule in rules:
+        choice = choose(spoilt, [draw(replace(rule, seed=1, logprobs=1))] * 6)
+        assert ((choice.tokens_B >= 0) & (choice.tokens_B < V)).all()
+        clean = choose(LOGITS, [draw(replace(rule, seed=1, logprobs=1))] * 6)
+        assert torch.equal(choice.tokens_B[::2], clean.tokens_B[::2])
+
+
 def test_a_report_counts_the_likelier_tokens() -> None:
     order = LOGITS[2].argsort(descending=True).tolist()
     tokens = [order[0], order[4], order[-1]]
-    reports = report(LOGITS[2:3].expand(3, V), tokens, [0, 2, 20])
-    assert [(r.token, r.rank) for r in reports] == list(zip(tokens, (1, 5, V), strict=True))
-    assert [[t for t, _ in r.top] for r in reports] == [[], order[:2], order]
-    (tied,) = report(torch.zeros(1, V), [7], [0])
+    three = reports(rank(LOGITS[2:3].expand(3, V), torch.tensor(tokens), 20), tokens, [0, 2, 20])
+    assert [(r.token, r.rank) for r in three] == list(zip(tokens, (1, 5, V), strict=True))
+    assert [[t for t, _ in r.top] for r in three] == [[], order[:2], order]
+    (tied,) = reports(rank(torch.zeros(1, V), torch.tensor([7]), 0), [7], [0])
     assert tied.rank == 1
 
 

@@ -16,10 +16,9 @@ from steering.types import Route, Site, across, at
 from tests.runtime.naive import across_program
 
 
-def sequence(name: str, n_prompt: int, row: int, n_generated: int = 0, n_rows: int = 1) -> Sequence:
+def sequence(name: str, n_prompt: int, n_generated: int = 0, n_rows: int = 1) -> Sequence:
     made = Sequence(Request(name, tuple(range(n_prompt))), n_rows)
     made.tokens += [0] * n_generated
-    made.rows = tuple(range(row, row + n_rows))
     return made
 
 
@@ -43,8 +42,8 @@ def test_masks_follow_absolute_positions_and_steps_across_chunks() -> None:
 def test_a_frame_places_slots_strengths_and_budgets() -> None:
     a = replace(across_program(1, (1, 2), Scope("last")), guard=Guard(max_effort=0.5))
     b = across_program(2, (2,), Scope("all"), rank=2)
-    first, second, plain = sequence("a", 3, 0), sequence("b", 2, 1, n_rows=2), sequence("p", 2, 3)
-    batch = Batch.pack([(first, 0, 3), (second, 0, 2), (plain, 0, 2)])
+    first, second, plain = sequence("a", 3), sequence("b", 2, n_rows=2), sequence("p", 2)
+    batch = Batch.pack([(first, 0, 3), (second, 0, 2), (plain, 0, 2)], 16)
     frame = resolve(batch, {"a": steering(a, 3, 5), "b": steering(b, 2, 6)}, rank=4)
     assert frame is not None
     assert frame.routes == (across(1), across(2))
@@ -56,11 +55,11 @@ def test_a_frame_places_slots_strengths_and_budgets() -> None:
 
 
 def test_nothing_in_scope_means_no_frame() -> None:
-    one = sequence("a", 6, 0)
+    one = sequence("a", 6)
     steerings = {"a": steering(across_program(1, scope=Scope("last")), 6)}
-    assert resolve(Batch.pack([(one, 0, 5)]), steerings, 1) is None
-    assert resolve(Batch.pack([(one, 5, 1)]), steerings, 1) is not None
-    assert resolve(Batch.pack([(one, 5, 1)]), {}, 1) is None
+    assert resolve(Batch.pack([(one, 0, 5)], 16), steerings, 1) is None
+    assert resolve(Batch.pack([(one, 5, 1)], 16), steerings, 1) is not None
+    assert resolve(Batch.pack([(one, 5, 1)], 16), {}, 1) is None
 
 
 def test_an_infinite_strength_out_of_scope_is_zero() -> None:
@@ -68,7 +67,7 @@ def test_an_infinite_strength_out_of_scope_is_zero() -> None:
     other = across_program(2, (1,), Scope("all"))
     laws = {route: math.inf * law for route, law in program.terms[0].laws.items()}
     both = Program((replace(program.terms[0], laws=laws), *other.terms))
-    frame = resolve(Batch.pack([(sequence("a", 2, 0), 0, 2)]), {"a": steering(both, 2)}, 2)
+    frame = resolve(Batch.pack([(sequence("a", 2), 0, 2)], 16), {"a": steering(both, 2)}, 2)
     assert frame is not None
     assert frame.knobs_TP3R[:, 0, 1].tolist() == [[math.inf, 1], [0, 1]]
 
@@ -76,11 +75,11 @@ def test_an_infinite_strength_out_of_scope_is_zero() -> None:
 def test_a_steady_step_reuses_its_frame_and_others_do_not() -> None:
     resolver = Resolver()
     steady, moving = across_program(1), across_program(2, scope=Scope("last", Window((0, 2))))
-    a, b = sequence("a", 2, 0, 3), sequence("b", 2, 1, 3)
+    a, b = sequence("a", 2, 3), sequence("b", 2, 3)
     steerings = {"a": steering(steady, 2)}
 
     def step(position: int, *sequences: Sequence) -> object:
-        return resolver(Batch.pack([(s, position, 1) for s in sequences]), steerings, 1)
+        return resolver(Batch.pack([(s, position, 1) for s in sequences], 16), steerings, 1)
 
     first = step(2, a, b)
     assert first is not None

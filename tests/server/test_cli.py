@@ -129,7 +129,7 @@ def test_bad_examples_name_file_and_row(model_folder: Path, examples: tuple[Path
         (["--engine", "vllm"], "native"),
         (["--replicas", "2"], "not in this version"),
         (["--tensor-parallel", "2"], "not in this version"),
-        (["--quantization", "int8"], "not in this version"),
+        (["--quantization", "int3"], "quantization"),
         (["--admin-key", " "], "admin_key"),
         (["--device", "abacus"], "device"),
         (["--dtype", "float8"], "dtype"),
