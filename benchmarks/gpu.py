@@ -2,11 +2,16 @@
 
     python -m benchmarks.gpu [--tokens 64] [--repeats 5]
 
-1. the kernels' tests against their references, compiled (`tests/kernels/triton_*.py`);
-2. the operators against their floors and the dense form (`benchmarks/feedback.py`, `benchmarks/edits.py`);
+1. the kernels' tests against their references, compiled (`tests/kernels/triton_*.py`), and decode steps that are
+   recorded and in the air against plain ones (`tests/runtime/cuda_*.py`);
+2. the operators against their floors and the dense form (`benchmarks/feedback.py`, `benchmarks/edits.py`), norms with
+   and without a law in their launch (`benchmarks/norm.py`), and attention over blocks against rows in one piece
+   (`benchmarks/attention.py`);
 3. a random-weight Llama of 8B shapes in bfloat16: steered ÷ unsteered throughput at batch 1, 16 and 64, with up to 256
-   programs;
-4. a fit's products at 8B shapes, dense against matrix-free (`benchmarks/fit.py --device cuda`).
+   programs; and what a decode step costs with and without graphs, the next step in the air, and compiled modules
+   (`benchmarks/decode.py`);
+4. fits, dense against matrix-free: over width and depth, a whole concept at 8B shapes, and four blocks of 70B shapes,
+   which all its blocks would exceed in weights alone, with the peak of memory (`benchmarks/fit.py`).
 
 Writes benchmarks/results/*-cuda.json. Without a GPU it says so and exits with 2. No figure of it is in the README yet.
 """
@@ -19,31 +24,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.shapes import SHAPES, random_llama
 
 ROOT = Path(__file__).parents[1]
-
-
-def llama_8b() -> LlamaForCausalLM:
-    """A random Llama of the 8B shapes, bfloat16, made on the GPU."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14_336,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def main() -> int:
@@ -57,9 +41,15 @@ def main() -> int:
         return 2
     for command in (
         ["-m", "pytest", "-q", *(str(path) for path in sorted(ROOT.glob("tests/kernels/triton_*.py")))],
+        ["-m", "pytest", "-q", *(str(path) for path in sorted(ROOT.glob("tests/runtime/cuda_*.py")))],
         ["-m", "benchmarks.feedback", "--device", "cuda"],
         ["-m", "benchmarks.edits", "--device", "cuda"],
-        ["-m", "benchmarks.fit", "--device", "cuda"],
+        ["-m", "benchmarks.norm", "--device", "cuda"],
+        ["-m", "benchmarks.attention", "--device", "cuda"],
+        ["-m", "benchmarks.decode", "--device", "cuda", "--shape", "8b"],
+        ["-m", "benchmarks.fit", "--device", "cuda", "--widths", "512", "1024", "2048"],
+        ["-m", "benchmarks.fit", "--device", "cuda", "--shape", "8b", "--prompts", "16"],
+        ["-m", "benchmarks.fit", "--device", "cuda", "--shape", "70b", "--layers", "4", "--prompts", "16"],
     ):
         if status := subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
             return status
@@ -67,7 +57,7 @@ def main() -> int:
     from steering.evaluation.speed import Load
     from steering.plant.plant import Plant
 
-    plant = Plant(llama_8b())
+    plant = Plant(random_llama(SHAPES["8b"], "cuda", torch.bfloat16))
     for batch, programs in ((1, (1,)), (16, (1, 16)), (64, (1, 64, 256))):
         load = Load(batch=batch, programs=programs, interventions=(4,), max_tokens=given.tokens, repeats=given.repeats)
         write(measure(plant, load, "random llama of 8B shapes, bfloat16"), f"cuda-{batch}")

@@ -16,13 +16,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -30,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.serving import figures, serving
 
 LOAD = 4
 """Clients for each place in the queue."""
@@ -172,13 +169,6 @@ class Clients:
             self.broken.append(what)
 
 
-async def figures(http: httpx.AsyncClient) -> dict[str, float]:
-    """Samples without labels, the prefix left out."""
-    text = (await http.get("/metrics")).raise_for_status().text
-    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return {sample.name.removeprefix("setpoint_"): sample.value for sample in samples if not sample.labels}
-
-
 async def settled(http: httpx.AsyncClient) -> dict[str, float]:
     """The figures once nothing runs any more, or after `SETTLE_SECONDS`."""
     deadline = time.monotonic() + SETTLE_SECONDS
@@ -248,25 +238,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     sizes = ["--max-batch", str(given.max_batch), "--queue-limit", str(given.queue_limit)]
-    model = [given.model] if given.model else []
-    command = [sys.executable, "-m", "server", "serve", *model, "--port", "0", *sizes]
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
-        environment = os.environ | {"SETPOINT_STORE": f"{folder}/store"}
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        try:
-            assert server.stdout is not None
-            address = server.stdout.readline().split()[1]
-            places = (given.max_batch, given.queue_limit)
-            found = asyncio.run(soak(address, 60 * given.minutes, places, given.seed))
-            server.send_signal(signal.SIGTERM)
-            found["verdict"]["ended_with_code_0"] = server.wait(timeout=60) == 0
-        finally:
-            server.kill()
-            server.wait()
-        log.seek(0)
-        failures = [line for line in log if '"exception"' in line or "Traceback" in line]
-    found["verdict"]["no_exception_in_the_log"] = not failures
-    found["log"] = [line[:500] for line in failures[:3]]
+    with serving(given.model, sizes) as server:
+        places = (given.max_batch, given.queue_limit)
+        found = asyncio.run(soak(server.address, 60 * given.minutes, places, given.seed))
+    found["verdict"] |= {"ended_with_code_0": server.code == 0, "no_exception_in_the_log": not server.failures}
+    found["log"] = server.failures[:3]
     found["passed"] = all(found["verdict"].values())
     text = json.dumps(found, indent=1)
     print(text)
