@@ -32,10 +32,11 @@ def law(*arguments: Tensor) -> Run | None:
     y_like, x_like = _like(slot_T, gain_SRE), _like(slot_T, probe_SRD)
     feedback.check_shapes(arguments[1:8], (y_like, x_like, slot_T, *arguments[8:]))
     (S, R, D), (T, E), places = probe_SRD.shape, y_like.shape, table(arguments)
+    y_shape, x_shape = y_like.shape, x_like.shape
 
     def run(y_TE: Tensor, x_TD: Tensor) -> bool:
-        y = _rows(y_TE, y_like.shape)
-        x = y if x_TD is y_TE else _rows(x_TD, x_like.shape)
+        y = _rows(y_TE, y_shape)
+        x = y if x_TD is y_TE else _rows(x_TD, x_shape)
         if y is None or x is None or (x is y and D != E):
             return False
         if not _feedback_cpu.feedback(places, S, R, T, *y, E, *x, D):
@@ -124,6 +125,8 @@ def _rows(rows_TD: Tensor, shape: torch.Size) -> tuple[int, int, int] | None:
     """Address, stride in bytes and kind of rows; None if they are not for a compiled function."""
     if rows_TD.shape != shape:
         return None
+    if rows_TD.dtype is torch.float32 and rows_TD.is_contiguous() and rows_TD.is_cpu:
+        return rows_TD.data_ptr(), 4 * shape[1], 0
     kind, (stride, step) = KINDS.get(rows_TD.dtype), rows_TD.stride()
     if kind is None or step != 1 or not rows_TD.is_cpu:
         return None

@@ -140,7 +140,7 @@ class _Run:
         self.seconds += time.perf_counter() - start
         if self._failure is not None:
             raise self._failure
-        return bool(self._running)
+        return bool(self._running or self._waiting)
 
     def _see(self, event: Event) -> None:
         if isinstance(event, Finished):

@@ -65,28 +65,37 @@ class Account(NamedTuple):
     routes: tuple[Route, ...]
     sites: tuple[Site, ...]
     n_tokens: int
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, ...]
     order: tuple[np.ndarray, ...]
     tensors: tuple[Tensor, ...]
 
     def reading(self, host: Sequence[Tensor]) -> Reading:
         """The measurements, of copies of `tensors` that nobody else changes; padding left out."""
-        flat, T, n = host[0].numpy(), self.sizes[2], self.n_tokens  # numpy: a view takes it a fifth of torch's time
+        flat, n, T = host[0].numpy(), self.n_tokens, self.sizes[-1]  # numpy: a view takes it a fifth of torch's time
         measured_TPR = flat[: self.sizes[0]].reshape(T, len(self.routes), -1)[:n]
-        effort_WT = flat[self.sizes[0] : -T].reshape(len(self.sites), T)[:, :n]
-        saturated_T = flat[-T:].view(np.int32)[:n]
+        effort_WT = flat[self.sizes[0] : -2 * T].reshape(len(self.sites), T)[:, :n]
+        saturated_T = flat[-2 * T : -T].view(np.int32)[:n]
         gates = tuple(host[1].numpy()[rows] for rows in self.order)
-        total_T, top_T = effort_WT.sum(axis=0, dtype=np.float64), effort_WT.max(axis=0)
+        total_T, top_T = flat[-T:][:n].astype(np.float64), effort_WT.max(axis=0)
         return Reading(self.routes, self.sites, measured_TPR, effort_WT, saturated_T, total_T, top_T, gates)
+
+
+class Visit(NamedTuple):
+    """What a step does at one site: operators bound to all their arguments but the rows, each with the site that it
+    reads (None: this one); the sites as which the state is kept; the gates that are asked."""
+
+    runs: tuple[tuple[Bound, Site | None], ...]
+    names: tuple[Site, ...]
+    gates: GateTensors | None
 
 
 @dataclass(frozen=True, slots=True)
 class Launches:
     """Tensors for the kernels of a step, and what to do at each site.
 
-    cleared: what a step starts from zero, one buffer; outputs: the part of it that comes back.
+    outputs: measured, effort, saturated and spent, which have these sizes, in one buffer.
     kept: where states are kept for laws that write elsewhere, and the sites as which they are read (`source`).
-    bound: the operator of each route, bound to all its arguments but the rows at its first launch.
+    visits: what is done at each site, from its first visit on.
     """
 
     shape: Shape
@@ -97,13 +106,13 @@ class Launches:
     measured_TPR: Tensor
     effort_WT: Tensor
     saturated_T: Tensor
-    cleared: Tensor
     outputs: Tensor
+    sizes: tuple[int, ...]
     sites: tuple[Site, ...]
     writes: dict[Site, list[tuple[int, int, Route]]]
     kept: dict[Site, list[Site]]
     gates: GateTensors | None
-    bound: dict[int, Bound] = field(default_factory=dict)
+    visits: dict[Site, Visit] = field(default_factory=dict)
 
     @classmethod
     def of(cls, frame: Frame, shape: Shape, device: torch.device) -> Launches:
@@ -133,9 +142,9 @@ class Launches:
         (P, T), R, device = slot_PT.shape, shape.rank, slot_PT.device
         sites = write_sites(shape.routes)
         index = {site: w for w, site in enumerate(sites)}
-        sizes = (T * P * R, len(sites) * T, T)
-        cleared = torch.zeros(sum(sizes) + T, device=device)
-        measured, effort, saturated, spent_T = cleared.split((*sizes, T))
+        sizes = (T * P * R, len(sites) * T, T, T)
+        outputs = torch.zeros(sum(sizes), device=device)
+        measured, effort, saturated, spent_T = outputs.split(sizes)
         writes: dict[Site, list[tuple[int, int, Route]]] = {}
         for p, route in enumerate(shape.routes):
             writes.setdefault(route.write, []).append((p, index[route.write], route))
@@ -151,8 +160,8 @@ class Launches:
             measured.view(T, P, R),
             effort.view(len(sites), T),
             saturated.view(torch.int32),
-            cleared,
-            cleared[: sum(sizes)],
+            outputs,
+            sizes,
             sites,
             writes,
             kept,
@@ -171,18 +180,17 @@ class Launches:
 
     def clear(self) -> None:
         """Make ready for a step."""
-        self.cleared.zero_()
+        self.outputs.zero_()
         if self.gates is not None:
             self.gates.shut_TPR.zero_()
 
     def account(self, frame: Frame) -> Account:
         """What the step of this frame measured. On a CPU a copy: the next step clears what was measured."""
-        sizes = (self.measured_TPR.numel(), self.effort_WT.numel(), self.saturated_T.numel())
         tensors: tuple[Tensor, ...] = (self.outputs,) if self.gates is None else (self.outputs, self.gates.measured_G)
         if self.outputs.is_cpu:
             tensors = tuple(tensor.clone() for tensor in tensors)
         order = () if self.gates is None else tuple(self.gates.order)
-        return Account(self.shape.routes, self.sites, frame.slot_PT.shape[1], sizes, order, tensors)
+        return Account(self.shape.routes, self.sites, frame.slot_PT.shape[1], self.sizes, order, tensors)
 
 
 def write_sites(routes: tuple[Route, ...]) -> tuple[Site, ...]:

@@ -11,6 +11,7 @@ route's control. A law that writes elsewhere sees its site as the model goes on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from steering.runtime.bank import Bank
 from steering.runtime.cache import BLOCK
 from steering.runtime.compiled import Compiled
 from steering.runtime.graphs import Graphs
-from steering.runtime.launches import Account, Launches, Shape, room_for, source
+from steering.runtime.launches import Account, Launches, Shape, Visit, room_for, source
 from steering.runtime.norms import Norms
 from steering.runtime.placement import Placement
 from steering.runtime.scheduler import Batch, Segment
@@ -178,32 +179,36 @@ class Runner:
             work = self._launches
             if work is None:
                 return None
-            launches, names = work.writes.get(site, ()), work.kept.get(site, ())
-            gates = work.gates if work.gates is not None and site in work.gates.rows else None
-            if launches or gates is not None:
+            if (todo := work.visits.get(site)) is None:
+                todo = work.visits[site] = self._plan(work, site)
+            runs, names, gates = todo
+            if runs or gates is not None:
                 self._norms.flush()
             elif not names:
                 return None
-            changed = state.clone() if launches and is_input else state
-            rows_TD = changed[0]
+            changed = state.clone() if runs and is_input else state
+            rows_TD = changed.select(0, 0)
             if gates is not None:
                 gates.measure(site, rows_TD, work.knobs_TP3R[:, :, 1])
-            for p, w, route in launches:
-                if route.form == "mask" and site in work.shape.blank:
-                    self._account_blank(work, p, w, route)
-                    continue
-                read_TD = rows_TD if route.read == site else self._states[route.read]
-                self._launch(work, p, w, rows_TD, read_TD, route)
+            for run, read in runs:
+                run(rows_TD, rows_TD if read is None else self._states[read])
             for name in names:
                 self._states[name] = rows_TD
             return None if changed is state else changed
 
         return visit
 
-    def _launch(self, work: Launches, p: int, w: int, y_TE: Tensor, x_TD: Tensor, route: Route) -> None:
-        if (run := work.bound.get(p)) is None:
-            run = work.bound[p] = self._bind(work, p, w, route)
-        run(y_TE, x_TD)
+    def _plan(self, work: Launches, site: Site) -> Visit:
+        """What a step does at a site. Found out once for all steps that share their tensors."""
+        runs: list[tuple[Bound, Site | None]] = []
+        for p, w, route in work.writes.get(site, ()):
+            if route.form == "mask" and site in work.shape.blank:
+                run: Bound = partial(self._account_blank, work, p, w, route)
+            else:
+                run = self._bind(work, p, w, route)
+            runs.append((run, None if route.read == site else route.read))
+        gates = work.gates if work.gates is not None and site in work.gates.rows else None
+        return Visit(tuple(runs), tuple(work.kept.get(site, ())), gates)
 
     def _bind(self, work: Launches, p: int, w: int, route: Route) -> Bound:
         """A route's operator with the bank, the knobs and the account of a frame."""
@@ -221,7 +226,7 @@ class Runner:
         is_last = route.form == "law" and work.writes[route.write][-1] == (p, w, route)
         return self._norms.fused(route.write, run, *arguments) if is_last else run
 
-    def _account_blank(self, work: Launches, p: int, w: int, route: Route) -> None:
+    def _account_blank(self, work: Launches, p: int, w: int, route: Route, *_: Tensor) -> None:
         """What the kernel would have measured of a mask that leaves nothing, had there been something: ρ = 1."""
         channel_T1 = self._bank.routes[route]["channel"][work.slot_PT[p].long()][:, :1]
         channel_T1 = channel_T1.clamp_min(0)  # that of a token without a program, which only fills a batch up
