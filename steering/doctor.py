@@ -41,6 +41,7 @@ def diagnose(store: Path) -> list[Check]:
         _dtypes,
         _kernels,
         _compiler,
+        _quantization,
         _memory,
         lambda: _store(store),
     )
@@ -121,7 +122,10 @@ def _kernels() -> Check:
         fix = "pip uninstall kernels, and start from another folder or install setpoint"
         return Check("kernels", "failed", "another package of this name comes first", fix)
     if not torch.cuda.is_available():
-        return Check("kernels", "ok", "torch reference, on the CPU")
+        if (numba := _version("numba")) is not None:
+            return Check("kernels", "ok", f"compiled by numba {numba}, on the CPU")
+        fix = "pip install numba: every law costs a small batch ten times as much without"
+        return Check("kernels", "limited", "torch reference, on the CPU", fix)
     if _version("triton") is None:
         return Check("kernels", "failed", "the GPU kernel needs triton", "pip install triton, or pass --device cpu")
     return Check("kernels", "ok", "Triton, on the GPU")
@@ -134,13 +138,21 @@ def _compiler() -> Check:
         (path for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if (path := shutil.which(name))), None
     )
     if not torch.cuda.is_available():
-        return Check("C compiler", "ok", "not needed on a CPU")
+        return Check("C compiler", "ok", "not needed on a CPU, but for --compile")
     if found is None:
         fix = (
             "install gcc and the Python headers (apt-get install gcc python3-dev): Triton compiles at the first request"
         )
         return Check("C compiler", "failed", "none", fix)
     return Check("C compiler", "ok", Path(found).name)
+
+
+def _quantization() -> Check:
+    found = [f"{name} {version}" for name in ("torchao", "bitsandbytes") if (version := _version(name)) is not None]
+    if len(found) == 2:
+        return Check("quantization", "ok", ", ".join(found))
+    fix = "pip install 'setpoint[quantized]', to serve models with --quantization"
+    return Check("quantization", "limited", ", ".join(found) or "no package for it", fix)
 
 
 def _memory() -> Check:
