@@ -2,9 +2,11 @@
 
     python -m benchmarks.engine [--model DIR] [--device cpu|cuda] [--batch 16] [--programs 1 16 64 256]
                                 [--interventions 1 4 16] [--tokens 64] [--repeats 5] [--width 192] [--layers 8]
+                                [--shape 8b] [--name cpu]
 
 What is run, and why in pairs, says `steering.evaluation.speed`; `setpoint bench` prints the same for any model. Without
-a model a random Llama of the given size is run. Writes benchmarks/results/engine-<device>.json.
+a model a random Llama of the given size is run, or of one of `benchmarks.shapes`, in bfloat16 on a GPU. Writes
+benchmarks/results/engine-NAME.json.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shapes import SHAPES
+from benchmarks.shapes import random_llama as of_shape
 from steering.evaluation.speed import Load, lines, overhead
 from steering.plant.plant import Plant
 
@@ -77,10 +81,14 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--width", type=int, default=192)
     arguments.add_argument("--layers", type=int, default=8)
+    arguments.add_argument("--shape", choices=SHAPES, help="in place of width and layers")
     arguments.add_argument("--name", help="of the results, in place of the device")
     given = arguments.parse_args()
     if given.model:
         plant, model = Plant.load(given.model, device=given.device), given.model
+    elif given.shape:
+        dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
+        plant, model = Plant(of_shape(SHAPES[given.shape], given.device, dtype)), f"random llama, {given.shape}"
     else:
         plant = Plant(random_llama(given.width, given.layers).to(given.device))
         model = f"random llama, width {given.width}, {given.layers} layers, vocabulary 4096"

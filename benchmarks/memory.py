@@ -1,6 +1,6 @@
 """Bytes that a token of context and a program cost, measured against what the shapes say.
 
-    python -m benchmarks.memory [--model DIR] [--device cpu|cuda] [--batch 4] [--name cpu]
+    python -m benchmarks.memory [--model DIR | --shape 8b] [--device cpu|cuda] [--batch 4] [--name cpu]
 
 Each figure is a slope: two engines that differ in one size, and the difference of what they hold divided by the
 difference of the size. What is held is counted in every tensor that is alive, each storage once (on a GPU: what its
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.shapes import SHAPES, random_llama
 from steering import Engine, EngineSettings, Plant, Request, Sampling
 from steering.demo import MODEL
 from steering.evaluation.speed import program
@@ -63,11 +64,13 @@ def context_bytes(plant: Plant, batch: int) -> tuple[float, int]:
         engine.stop()
         return after - before
 
-    config = plant.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    itemsize = next(plant.model.parameters()).dtype.itemsize
-    return slope(measure, LENGTHS) / batch, 2 * plant.depth * heads * width * itemsize
+    return slope(measure, LENGTHS) / batch, position_bytes(plant)
+
+
+def position_bytes(plant: Plant) -> int:
+    """Bytes of the keys and values of one position by the shapes."""
+    heads = plant.heads
+    return 2 * plant.depth * heads.kv_count * heads.width * plant.dtype.itemsize
 
 
 def program_bytes(plant: Plant) -> int:
@@ -115,11 +118,15 @@ def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint; the embedded model without it")
+    parser.add_argument("--shape", choices=SHAPES, help="a random Llama in place of a checkpoint, bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--name", help="of the results, in place of the device")
     given = parser.parse_args()
-    plant = Plant.load(given.model or str(MODEL), device=given.device)
+    if given.shape:
+        plant = Plant(random_llama(SHAPES[given.shape], given.device, torch.bfloat16))
+    else:
+        plant = Plant.load(given.model or str(MODEL), device=given.device)
     found = {
         "context": context_bytes(plant, given.batch),
         "slot": (slot_bytes(plant), program_bytes(plant)),
@@ -130,7 +137,7 @@ def main() -> None:
         print(f"{name:8} " + "  ".join(f"{key} {value:.6g}" for key, value in row.items()))
     body = {
         "device": torch.cuda.get_device_name() if plant.device.type == "cuda" else "cpu",
-        "model": given.model or "embedded",
+        "model": f"random llama, {given.shape}" if given.shape else given.model or "embedded",
         "dtype": str(next(plant.model.parameters()).dtype).removeprefix("torch."),
         "rows": rows,
     }

@@ -147,9 +147,9 @@ def control(depth: int, width: int) -> dict[str, torch.Tensor]:
     return {"v": v_LD, "K": 0.3 * torch.eye(width) + 0.1 * noise_LDD, "beta": torch.ones(depth)}
 
 
-def prompts_of(seed: int, n: int, length: int) -> list[list[int]]:
-    """Prompts of a round; no two rounds share one, so that no cache of prefixes is of use."""
-    rng = random.Random(f"round {seed}")  # of a number it would take the absolute value
+def prompts_of(seed: int, n: int, length: int, mode: str = "") -> list[list[int]]:
+    """Prompts of `n` requests in a mode and round; no two of them share one, so that no cache of prefixes is of use."""
+    rng = random.Random(f"round {seed} {mode} {n}")
     return [[rng.randrange(3, 1000) for _ in range(length)] for _ in range(n)]
 
 
@@ -171,7 +171,7 @@ def compare(workers: Mapping[str, Worker], batches: Sequence[int], sizes: argpar
     cores: dict[Case, list[float]] = {case: [] for case in rates}
     for repeat in range(sizes.repeats):
         for case in list(rates)[:: 1 if repeat % 2 else -1]:
-            prompts = prompts_of(repeat, case.batch, sizes.prompt_tokens)
+            prompts = prompts_of(repeat, case.batch, sizes.prompt_tokens, case.mode)
             answer = workers[case.system].ask(case.mode, prompts, sizes.tokens, True)
             if "error" in answer:
                 failed[case] = answer["error"]

@@ -13,7 +13,10 @@ and `narrow` read and write all three, `kernels._memory` reaches them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ import torch
 try:
     import numba
     from llvmlite import ir
+    from numba.core.caching import FunctionCache, IndexDataCacheFile
     from numba.extending import intrinsic
 except ImportError:
     numba = None
@@ -37,18 +41,41 @@ BITS: dict[torch.dtype, torch.dtype] = {
 
 
 if numba is not None:
-    _STAMP = sorted((path.name, path.stat().st_mtime_ns) for path in Path(__file__).parent.glob("_*.py"))
     _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+    _SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+    class _Kept(FunctionCache):
+        """Compiled code on disk, under a name that tells the text of all kernels.
+
+        Numba looks at a function's own file, but what it calls from another file of ours is compiled into it. And it
+        writes its index before the code: who dies between the two, or finds the disk full, would leave an index of this
+        text that names the code of an older one. What goes wrong with a file costs a compilation, never the call.
+        """
+
+        def __init__(self, function: Callable[..., Any]) -> None:
+            super().__init__(function)
+            name, stamp = f"{self._impl.filename_base}-{_SOURCES[:16]}", self._impl.locator.get_source_stamp()
+            self._cache_file = IndexDataCacheFile(self._cache_path, name, stamp)
+
+        def load_overload(self, *arguments: Any) -> Any:
+            """The compiled code, or None."""
+            with suppress(OSError, EOFError, ValueError, UnpicklingError):
+                return super().load_overload(*arguments)
+
+        def save_overload(self, *arguments: Any) -> None:
+            """Keep it where there is room; an index that is damaged is begun anew."""
+            with suppress(OSError):
+                try:
+                    super().save_overload(*arguments)
+                except (EOFError, ValueError, UnpicklingError):
+                    self.flush()
+                    super().save_overload(*arguments)
 
     def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            compiled: Callable[..., Any] = numba.njit(function, cache=True, **_OPTIONS)
-        except RuntimeError:  # no place to keep it: neither beside the source nor in a cache directory of the user
-            return numba.njit(function, **_OPTIONS)
-        # Numba looks at a function's own file, but what it calls from another file of ours is compiled into it.
-        kept = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-        if kept is not None:
-            kept._source_stamp = (kept._source_stamp, _STAMP)
+        compiled: Callable[..., Any] = numba.njit(function, **_OPTIONS)
+        # RuntimeError: no place to keep it, neither beside the source nor in a cache directory of the user
+        with suppress(RuntimeError):
+            compiled._cache = _Kept(function)  # type: ignore[attr-defined]  # as its enable_caching does
         return compiled
 
     jit = _jit

@@ -40,7 +40,7 @@ def law(*arguments: Tensor) -> Run | None:
         if y is None or x is None or (x is y and D != E):
             return False
         if not _feedback_cpu.feedback(places, S, R, T, *y, E, *x, D):
-            raise _unknown_slot(arguments, S)
+            raise _astray(arguments, f"{S - 1}, a row of the bank")
         return True
 
     return run
@@ -91,14 +91,14 @@ def sparse_edit(
 
 def _edit(form: int, shape: torch.Size, n_rest: int, arguments: tuple[Tensor, ...]) -> Run:
     """Edits of one form, bound to their arguments after y in the order of `kernels._edits_cpu`."""
-    (T, E), (S, M), places = shape, arguments[1].shape, table(arguments)
+    (T, E), (S, M), R, places = shape, arguments[1].shape, arguments[2].shape[1], table(arguments)
 
     def run(y_TE: Tensor, _: Tensor) -> bool:
         y = _rows(y_TE, shape)
         if y is None:
             return False
-        if not _edits_cpu.edit(form, places, S, M, n_rest, T, *y, E):
-            raise _unknown_slot(arguments, S)
+        if not _edits_cpu.edit(form, places, S, M, n_rest, R, T, *y, E):
+            raise _astray(arguments, f"{S - 1}, a row of the bank, and a channel at most {R - 1}")
         return True
 
     return run
@@ -133,10 +133,9 @@ def _rows(rows_TD: Tensor, shape: torch.Size) -> tuple[int, int, int] | None:
     return rows_TD.data_ptr(), stride * (2 if kind else 4), kind
 
 
-def _unknown_slot(arguments: tuple[Tensor, ...], n_slots: int) -> IndexError:
+def _astray(arguments: tuple[Tensor, ...], most: str) -> IndexError:
     """Takes all arguments so that a bound call keeps what its table points to alive."""
-    found = sorted(set(arguments[0].tolist()))
-    return IndexError(f"a slot must be 0 to {n_slots - 1}, a row of the bank, got {found}")
+    return IndexError(f"a slot must be 0 to {most}, got slots {sorted(set(arguments[0].tolist()))}")
 
 
 BOUND: Mapping[Callable[..., None], Callable[..., Run | None]] = {

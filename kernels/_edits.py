@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import mask, sparse, turn
 from kernels._bound import MOST
-from kernels.feedback import TINY
+from kernels.feedback import TINY, check_dense
 
 # Globals of a kernel must be constexpr. The polynomial is a Chebyshev fit of (atan r / r − 1) / r² in r² on
 # |r| ≤ tan(π/8), within 1e-9.
@@ -300,9 +300,7 @@ def _launch(
     **sizes: int,
 ) -> None:
     """Launch a kernel on what is its own and on what all edits take. Raises ValueError for rows with gaps."""
-    for name, rows in {"y_TE": y_TE, **bank}.items():
-        if rows.stride(-1) != 1 and rows.numel():
-            raise ValueError(f"{name}: rows must be contiguous, their stride is {rows.stride(-1)}; call .contiguous()")
+    check_dense({"y_TE": y_TE, **bank})
     T, E = y_TE.shape
     if T == 0 or channel_SM.shape[1] == 0:
         return

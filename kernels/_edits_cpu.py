@@ -150,13 +150,24 @@ def _bounded(step: Any, size: Any, factor: Any, bound: Any) -> Any:
 
 
 @jit
+def _astray(table: Any, n_tokens: Any, n_edits: Any, n_channels: Any) -> Any:
+    """Whether an edit of a token follows a channel that the knobs do not have. Slots are those of the bank."""
+    for t in range(n_tokens):
+        slot = integer(table, SLOT, t, FIRST)
+        for m in range(n_edits):
+            if slot != 0 and integer(table, CHANNEL, slot, m) >= n_channels:
+                return True
+    return False
+
+
+@jit
 def edit(
-    form: Any, table: Any, n_slots: Any, n_edits: Any, n_rest: Any, n_tokens: Any,
+    form: Any, table: Any, n_slots: Any, n_edits: Any, n_rest: Any, n_channels: Any, n_tokens: Any,
     y_at: Any, y_stride: Any, y_kind: Any, width: Any,
 ) -> Any:  # fmt: skip
-    """All edits of all tokens; y's address and stride in bytes. False, and nothing done, where a slot is none of the
-    bank's."""
-    if beyond(table, SLOT, n_tokens, n_slots):
+    """All edits of all tokens; y's address and stride in bytes. False, and nothing done, where the bank lacks a slot or
+    the knobs lack a channel."""
+    if beyond(table, SLOT, n_tokens, n_slots) or _astray(table, n_tokens, n_edits, n_channels):
         return False
     scratch, before = np.empty(width, np.float32), np.empty(width, np.float32)
     d, score = np.empty(width, np.float32), np.empty(width, np.float32)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.feedback import TINY, check_shapes, reference
+from kernels.feedback import TINY, check_dense, check_shapes, reference
 
 MOST_UNROLLED = 8
 """Most channels that are unrolled: compiling takes 2 s then, and takes 138 with 128 of them. Plans need as many."""
@@ -121,9 +121,7 @@ def launch(
     knobs = (slot_T, setpoint_TR, strength_TR, cap_TR, budget_T)
     tokens = (y_TE, x_TD, *knobs, spent_T, measured_TR, effort_T, saturated_T)
     check_shapes((probe_SRD, gain_SRE, norm_SR, limit_SR, knee_SR, floor_SR, relative_SR), tokens)
-    for name, rows in (("y_TE", y_TE), ("x_TD", x_TD), ("probe_SRD", probe_SRD), ("gain_SRE", gain_SRE)):
-        if rows.stride(-1) != 1:
-            raise ValueError(f"{name}: rows must be contiguous, their stride is {rows.stride(-1)}; call .contiguous()")
+    check_dense({"y_TE": y_TE, "x_TD": x_TD, "probe_SRD": probe_SRD, "gain_SRE": gain_SRE})
     if y_TE.shape[0] == 0:
         return
     block_d, block_e = triton.next_power_of_2(x_TD.shape[1]), triton.next_power_of_2(y_TE.shape[1])

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import MOST_UNROLLED, _feedback_kernel
-from kernels.feedback import TINY, check_shapes
+from kernels.feedback import TINY, check_dense, check_shapes
 from kernels.norm import Form, check, reference
 
 
@@ -135,9 +135,7 @@ def launch(
 
     x_TD, slot_T, probe_SRD, gain_SRE, *pairs = read
     check_shapes((probe_SRD, gain_SRE, *pairs[:5]), (y_TE, x_TD, slot_T, *pairs[5:], *account))
-    for name, values in (("x_TD", x_TD), ("probe_SRD", probe_SRD), ("gain_SRE", gain_SRE)):
-        if values.stride(-1) != 1:
-            raise ValueError(f"{name}: rows must be contiguous, the stride of their elements is {values.stride(-1)}")
+    check_dense({"x_TD": x_TD, "probe_SRD": probe_SRD, "gain_SRE": gain_SRE})
     rank = probe_SRD.shape[1]
     _law_norm_kernel[(T,)](
         *rows, *read, *account,

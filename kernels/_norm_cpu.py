@@ -87,6 +87,8 @@ def bind(weight_E: Tensor, bias_E: Tensor | None, form: Form, eps: float) -> Cal
     rounds, offset = form == "rms", float(form == "rms_plus_one")
 
     def apply(y: Tensor) -> Tensor:
+        if y.shape[-1] != width:  # rows of another width would be read across their ends
+            raise ValueError(f"y must be (…, {width}), got {tuple(y.shape)}")
         of = SAMPLES.get(y.dtype)
         if of is None or of_weight is None:
             return normed(y, weight_E, bias_E, form, eps)

@@ -27,6 +27,7 @@ Legend: T tokens · D width of the read site · E width of the write site · R c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ def _control(
     x = take(x_TD).to(torch.float64 if y_TE.dtype == torch.float64 else torch.float32)
     size_T1 = _norm(x).clamp_min_(TINY)
     z_TR = (x.unsqueeze(1) * probe).sum(-1)
-    if knee_SR.amax().item() > -math.inf:  # of the whole bank: cheaper than the rows of these tokens
+    if knee_SR.amax().item() != -math.inf:  # of the whole bank: cheaper than the rows of these tokens
         z_TR = z_TR.where(~(z_TR <= own(knee_SR)), own(floor_SR).to(z_TR.dtype))  # NaN stays
     put(measured_TR, z_TR)
 
@@ -253,6 +254,13 @@ def check_shapes(bank: tuple[Tensor, ...], tokens: tuple[Tensor, ...]) -> None:
             f"y, x, slot, budget, spent, effort and saturated must have one row a token, got {y[0]}, {x[0]}, "
             f"{tuple(slot)}, {tuple(budget)}, {tuple(spent)}, {tuple(effort)} and {tuple(saturated)}"
         )
+
+
+def check_dense(rows: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, by name, unless the elements of every row lie side by side, as the kernels read them."""
+    for name, each in rows.items():
+        if each.stride(-1) != 1 and each.shape[-1] > 1 and each.numel():
+            raise ValueError(f"{name}: rows must be contiguous, their stride is {each.stride(-1)}; call .contiguous()")
 
 
 def _on_cpu(y_TE: Tensor, x_TD: Tensor, slot_T: Tensor, probe_SRD: Tensor, gain_SRE: Tensor, *others: Tensor) -> None:

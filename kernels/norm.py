@@ -27,7 +27,7 @@ Legend: T tokens · E width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -80,12 +80,26 @@ def reference(
     account: Sequence[Tensor],
 ) -> Tensor:
     """The operator in plain torch, on any device; read and account are the two parts of the law's arguments."""
+    _before(feedback.reference, y_TE, weight_E, bias_E, form, residual_TE, read, account)
+    return normed(y_TE, weight_E, bias_E, form, eps).contiguous()
+
+
+def _before(
+    law: Callable[..., None],
+    y_TE: Tensor,
+    weight_E: Tensor,
+    bias_E: Tensor | None,
+    form: Form,
+    residual_TE: Tensor | None,
+    read: Sequence[Tensor],
+    account: Sequence[Tensor],
+) -> None:
+    """Equations (1) and (2), with this operator for the law, once the arguments are found to fit."""
     check(y_TE, weight_E, bias_E, form, residual_TE, (*read, *account))
     if residual_TE is not None:
         y_TE += residual_TE
     if read:
-        feedback.reference(y_TE, *read, *account)
-    return normed(y_TE, weight_E, bias_E, form, eps).contiguous()
+        law(y_TE, *read, *account)
 
 
 def normed(y_TE: Tensor, weight_E: Tensor, bias_E: Tensor | None, form: Form, eps: float) -> Tensor:
@@ -106,6 +120,7 @@ def bind_norm(weight_E: Tensor, bias_E: Tensor | None, form: Form, eps: float) -
 
     All but y is resolved here, once: on a CPU the operator's dispatch costs as much as the norm of a small batch. The
     result lies in memory as y does, where y has no gaps.
+    Raises ValueError, here or at the call, where the operator would.
     """
     check(weight_E[None], weight_E, bias_E, form, None, ())
     if weight_E.device.type == "cpu":
@@ -147,9 +162,7 @@ def check(
         raise ValueError(
             f"residual must be as y, {tuple(y.shape)} {y.dtype}, got {tuple(residual.shape)} {residual.dtype}"
         )
-    for name, rows in (("y_TE", y), ("residual_TE", y if residual is None else residual)):
-        if rows.stride(-1) != 1 and rows.shape[-1] > 1:
-            raise ValueError(f"{name}: rows must be contiguous, the stride of their elements is {rows.stride(-1)}")
+    feedback.check_dense({"y_TE": y, "residual_TE": y if residual is None else residual})
     if len(law) not in (0, LAW):
         raise ValueError(f"law must be nothing or the {LAW} arguments of feedback_ behind y, got {len(law)}")
 
@@ -165,11 +178,7 @@ def _on_cpu(
     account: Sequence[Tensor],
 ) -> Tensor:
     """The residual, the law's operator and the norm in turn: on a CPU a launch costs nothing that fusing would save."""
-    check(y_TE, weight_E, bias_E, form, residual_TE, (*read, *account))
-    if residual_TE is not None:
-        y_TE += residual_TE
-    if read:
-        feedback.feedback_(y_TE, *read, *account)
+    _before(feedback.feedback_, y_TE, weight_E, bias_E, form, residual_TE, read, account)
     return _bound_on_cpu(weight_E, bias_E, form, eps)(y_TE).contiguous()
 
 
@@ -184,20 +193,11 @@ def _bound_on_cpu(weight_E: Tensor, bias_E: Tensor | None, form: Form, eps: floa
     return _norm_cpu.bind(weight_E, bias_E, form, eps)
 
 
-def _on_gpu(
-    y_TE: Tensor,
-    weight_E: Tensor,
-    bias_E: Tensor | None,
-    form: Form,
-    eps: float,
-    residual_TE: Tensor | None,
-    read: Sequence[Tensor],
-    account: Sequence[Tensor],
-) -> Tensor:
+def _on_gpu(*arguments: Any) -> Tensor:
     """The Triton kernels, found at the first use: Triton is a package for Linux only."""
     from kernels._norm import launch
 
-    return launch(y_TE, weight_E, bias_E, form, eps, residual_TE, read, account)
+    return launch(*arguments)
 
 
 def _fake(y_TE: Tensor, *_: object) -> Tensor:

@@ -54,6 +54,7 @@ def sparsify_(
     saturated_T  mutated int32: set to 1 where a cap or the budget bit
 
     Raises ValueError when the shapes disagree, or, on a GPU, when rows of y or of the bank are not contiguous.
+    A slot beyond the bank, or a channel beyond the knobs, raises IndexError on a CPU; on a GPU that would cost a wait.
     """
     _sparsify(
         y_TE,

@@ -1,6 +1,6 @@
 """Quantised models as plants: how they are loaded, and their linear maps as numbers where derivatives are taken.
 
-    W x ≈ what the module computes,   Wᵀ = f(I) − f(0)        f the module's own forward pass, rows of I in pieces
+    W x ≈ what the module computes,   Wᵀ = f(I)        f the module's own forward pass without its bias, I in pieces
 
 A quantised linear map is a linear map: what it does to the unit vectors is its weight, whatever the library, packing
 and kernel behind it, and also where the kernel has no derivative (bitsandbytes NF4 and int8 activations on a CPU have
@@ -22,6 +22,7 @@ Sources: torchao · LLM.int8, arXiv:2208.07339 · QLoRA (NF4), arXiv:2305.14314.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -152,13 +153,13 @@ def as_numbers(linear: nn.Module, served: torch.dtype, dtype: torch.dtype) -> Te
     """
     width, out, device = int(linear.in_features), int(linear.out_features), _device(linear)  # type: ignore[arg-type]
     W_OI = torch.empty(out, width, dtype=dtype, device=device)
+    linear = _without_bias(linear)
     try:
         with torch.no_grad():
-            offset_O = linear(torch.zeros(1, width, dtype=served, device=device))[0].to(dtype)
             for start in range(0, width, ROWS):
                 unit_RI = torch.zeros(min(ROWS, width - start), width, dtype=served, device=device)
                 unit_RI.diagonal(start).fill_(1)
-                W_OI[:, start : start + len(unit_RI)] = (linear(unit_RI).to(dtype) - offset_O).T
+                W_OI[:, start : start + len(unit_RI)] = linear(unit_RI).to(dtype).T
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0][:160]
         raise PlantError(
@@ -167,6 +168,16 @@ def as_numbers(linear: nn.Module, served: torch.dtype, dtype: torch.dtype) -> Te
             param="quantization",
         ) from error
     return W_OI
+
+
+def _without_bias(linear: nn.Module) -> nn.Module:
+    """The map over the same weights with no bias: W + b, rounded to 16 bits, would not tell W where b is large."""
+    bare = copy.copy(linear)
+    for store in ("_parameters", "_buffers"):
+        bare.__dict__[store] = dict(linear.__dict__[store])  # the copy's own, or the original would lose its bias
+    if getattr(linear, "bias", None) is not None:
+        bare.bias = None  # type: ignore[assignment]
+    return bare
 
 
 def unquantise(block: nn.Module, served: torch.dtype, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:

@@ -97,6 +97,22 @@ def test_slot_beyond_the_bank_is_refused_before_anything_is_written(slot: int, f
     assert_same(args, before)
 
 
+@pytest.mark.parametrize("form", edit_cases.FORMS)
+def test_channel_beyond_the_knobs_is_refused_before_anything_is_written(form: str, way: str) -> None:
+    args = batch(form, slots="all")
+    memory = torch.full((2, *args["measured_TR"].shape), 7.0)
+    args["measured_TR"] = memory[0]
+    run = bound(form, args)
+    args["channel_SM"][3] = args["strength_TR"].shape[1]
+    args["slot_T"][5] = 3
+    before = clone(args)
+    with pytest.raises((IndexError, RuntimeError)):  # torch's own where the reference runs
+        run(*rows(args))
+    assert (memory[1] == 7).all()
+    if way == "compiled":
+        assert_same(args, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_read_site_may_have_another_dtype(dtype: torch.dtype, way: str) -> None:
     args = batch("feedback", dtype=dtype)
@@ -178,7 +194,17 @@ def smaller(one, other):
 """
 
 
-def test_a_changed_file_is_compiled_anew_into_the_functions_of_others(tmp_path: Path) -> None:
+FULL = """
+from numba.core.caching import IndexDataCacheFile as File
+def fail(*_):
+    raise OSError(28, "No space left on device")
+File._save_data = fail
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of what compiles, with a function that calls one of another file."""
     pytest.importorskip("numba")
     package = tmp_path / "kernels"
     package.mkdir()
@@ -186,17 +212,33 @@ def test_a_changed_file_is_compiled_anew_into_the_functions_of_others(tmp_path: 
         shutil.copy(Path(kernels.__file__).with_name(name), package)
     (package / "__init__.py").touch()
     (package / "_calls.py").write_text(CALLS)
+    return package
 
-    def run() -> str:
-        line = "import kernels._calls as c; print(c.smaller(c.np.float32(1), c.np.float32(2)))"
-        return subprocess.run(
-            [sys.executable, "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout.strip()
 
-    assert run() == "1.0"
+def smaller(package: Path, before: str = "") -> str:
+    line = f"{before}\nimport kernels._calls as c; print(c.smaller(c.np.float32(1), c.np.float32(2)))"
+    command = [sys.executable, "-c", line]
+    return subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_changed_file_is_compiled_anew_into_the_functions_of_others(package: Path) -> None:
+    assert smaller(package) == "1.0"
     memory = package / "_memory.py"
     memory.write_text(memory.read_text().replace("return one if one < other", "return one if one > other"))
-    assert run() == "2.0"
+    # The index is written and the code is not: the next process must not find the code of before under the new index.
+    assert smaller(package, FULL) == "2.0"
+    assert smaller(package) == "2.0"
+
+
+def test_a_damaged_cache_is_made_anew(package: Path) -> None:
+    assert smaller(package) == "1.0"
+    for kind in ("nbi", "nbc"):
+        files = list(package.rglob(f"*.{kind}"))
+        for path in files:
+            path.write_bytes(path.read_bytes()[:30])
+        assert smaller(package) == "1.0"
+        assert files
+        assert all(path.stat().st_size > 30 for path in files)
 
 
 WITHOUT = """

@@ -17,10 +17,10 @@ CHECK = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import _attention, _edits, _launch, _sparse_linear
+from kernels import _attention, _edits, _launch, _norm, _sparse_linear
 
 INTEGERS = {"slot_t", "channel", "count", "saturated", "index", "found", "table", "length"}
-ROWS = {"y", "x", "weight", "out", "query", "key", "value"}
+ROWS = {"y", "x", "residual", "weight", "bias", "out", "query", "key", "value"}
 
 
 def compiled(kernel, dtype, **constants):
@@ -28,7 +28,7 @@ def compiled(kernel, dtype, **constants):
         name: "constexpr" if name in constants
         else "*i32" if name in INTEGERS
         else "i32" if name in ("D", "E", "places", "stretches")
-        else "fp32" if name in ("factor", "softcap")
+        else "fp32" if name in ("factor", "softcap", "size", "eps")
         else "i64" if "_" in name
         else f"*{dtype}" if name in ROWS
         else "*fp32"
@@ -54,6 +54,11 @@ for dtype, single in (("bf16", False), ("fp32", True)):
         **sizes, **tile,
     )
 compiled(_attention._sum_kernel, "bf16", **sizes, ADDED=8, BLOCK_U=128)
+law = {"R": 2, "UNROLL": 2, "BLOCK_D": 256, "FLOOR": 1e-38}
+for form in ({"CENTRED": False, "ROUNDS": True, "OFFSET": 0.0}, {"CENTRED": True, "ROUNDS": False, "OFFSET": 1.0}):
+    form |= {"BLOCK_E": 256, "ADDS": form["ROUNDS"], "BIASED": form["CENTRED"]}
+    compiled(_norm._norm_kernel, "bf16", **form)
+    compiled(_norm._law_norm_kernel, "bf16", **form, **law)
 """
 
 

@@ -41,6 +41,15 @@ def run(args: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @both_ways
+def test_a_knee_of_another_program_that_is_no_number_bends_nobody_else() -> None:
+    args = batch(6, 24, 2, knees=True, slots="one")
+    spoilt = clone(args)
+    used = int(args["slot_T"][0])
+    spoilt["knee_SR"][[slot for slot in range(len(args["knee_SR"])) if slot != used]] = torch.nan
+    assert_same(run(spoilt), run(args))
+
+
+@both_ways
 @pytest.mark.parametrize("slots", ["mixed", "all", "one"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("T", "D", "E", "R"), [(1, 8, 8, 1), (7, 192, 64, 2), (16, 192, 192, 1), (5, 2304, 192, 8)])

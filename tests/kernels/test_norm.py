@@ -173,6 +173,14 @@ def test_bound_norm_takes_rows_of_any_shape(dtype: torch.dtype, form: Form) -> N
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(4, 16), (3, 4), (2, 12)])
+def test_bound_norm_refuses_rows_of_another_width(shape: tuple[int, int], form: Form) -> None:
+    weight_E, bias_E = weights(form, 8, torch.float32)
+    with pytest.raises((ValueError, RuntimeError)):  # torch's own where numba is missing
+        bind_norm(weight_E, bias_E, form, 1e-6)(torch.ones(shape))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_without_numba_the_reference_serves(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     y_TE, (weight_E, bias_E) = case(5, 40, torch.float32)["y_TE"], weights(form, 40, torch.float32)
     monkeypatch.setattr(_compile, "jit", None)

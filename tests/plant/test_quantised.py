@@ -106,6 +106,24 @@ def test_a_map_is_read_through_its_forward_pass(monkeypatch: pytest.MonkeyPatch)
     assert [path for path, _ in quantised_maps(nn.Sequential(linear, module))] == ["1"]
 
 
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "attribute"])
+def test_a_large_bias_does_not_swallow_the_weights_in_sixteen_bits(kind: str) -> None:
+    linear = nn.Linear(70, 20).to(torch.bfloat16)
+    bias_O = torch.full((20,), 128.0, dtype=torch.bfloat16)  # as those of keys are in Qwen2: a unit of it is 1
+    module = Packed(linear)
+    del module.bias
+    if kind == "parameter":
+        module.bias = nn.Parameter(bias_O)
+    elif kind == "buffer":
+        module.register_buffer("bias", bias_O)
+    else:
+        module.bias = bias_O
+    W_OI = as_numbers(module, torch.bfloat16, torch.float32)
+    assert torch.equal(W_OI, module.numbers().to(torch.bfloat16).float())
+    assert module.bias is not None
+    assert torch.equal(module.bias, bias_O)
+
+
 def test_a_map_that_does_not_run_here_is_refused() -> None:
     class ElsewhereOnly(Packed):
         def forward(self, x: Tensor) -> Tensor:
