@@ -60,8 +60,9 @@ class KVPool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks whose sequence was spoilt.
 
-        Its control may have left NaN or Inf there, and attention weighs masked values with 0: 0 · NaN is NaN, in the
-        batch of whoever holds the block next.
+        Its control may have left NaN or Inf there. Whoever holds the block next writes before it reads, but for layers
+        that a program leaves out (`steering.runtime.shortcuts`): what is thrown away there must be finite, as 0 · NaN
+        is NaN.
         """
         for tensor in (*self.keys, *self.values):
             tensor[list(blocks)] = 0

@@ -78,7 +78,7 @@ class Engine:
         self._distinct = 0
 
         self._wake = threading.Condition()
-        self._inbox: deque[tuple[Request, Deliver, float]] = deque()
+        self._inbox: deque[Live] = deque()
         self._aborts: deque[str] = deque()
         self._outstanding: set[str] = set()
         self._closing = False
@@ -94,6 +94,7 @@ class Engine:
         """
         check(request, self.plant, self.max_len, self.settings.max_batch, self._blocks)
         self._bank.prepare(request.program)
+        live = Live.of(Sequence(request, n_rows(request)), deliver, self._decode, self.eos)
         with self._wake:
             limit = self.settings.max_batch + self.settings.queue_limit
             if self._closing or len(self._outstanding) >= limit:
@@ -106,7 +107,7 @@ class Engine:
             if request.id in self._outstanding:
                 raise SpecError("id", expected="an id that no running request has", got=request.id)
             self._outstanding.add(request.id)
-            self._inbox.append((request, deliver, time.monotonic()))
+            self._inbox.append(live)
             self._wake.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -261,11 +262,9 @@ class Engine:
         with self._wake:
             arrived, self._inbox = self._inbox, deque()
             aborted, self._aborts = self._aborts, deque()
-        for request, deliver, when in arrived:
-            sequence = Sequence(request, n_rows(request))
-            self._live[request.id] = Live.of(sequence, deliver, self._decode, self.eos)
-            self._live[request.id].submitted = when
-            self._scheduler.add(sequence)
+        for live in arrived:
+            self._live[live.request.id] = live
+            self._scheduler.add(live.sequence)
         for request_id in aborted:
             if request_id in self._live:
                 self._finish(self._live[request_id].finished("abort"))
@@ -348,7 +347,7 @@ class Engine:
         tokens = {name: drawn.token for name, drawn in outcome.drawn.items() if name in self._live}
         self._counts["generated_tokens"] += len(tokens)
         self._counts["prompt_tokens"] += outcome.batch.n_prompt_tokens
-        self._scheduler.commit(outcome.batch, tokens, partial(record, outcome, BLOCK))
+        self._scheduler.commit(outcome.batch, tokens, partial(record, outcome.reading, self._steerings, BLOCK))
         for request_id, error in outcome.failed.items():
             if request_id in self._live:
                 self._finish(self._live[request_id].finished("error", error=failed(error)))
@@ -417,7 +416,9 @@ class Engine:
     def _finish(self, finished: Finished) -> None:
         """Take a request out of the engine, free what it held, deliver its end."""
         live = self._live.pop(finished.request_id)
-        spoilt = self._scheduler.remove(finished.request_id, is_spoilt=finished.reason in ("abort", "error"))
+        # Who has drawn a token had finite logits, so all that they depend on is finite too.
+        is_doubtful = finished.reason == "error" or (finished.reason == "abort" and not finished.tokens)
+        spoilt = self._scheduler.remove(finished.request_id, is_spoilt=is_doubtful)
         if spoilt:
             self._pool.clear(spoilt)
         if self._steerings.pop(finished.request_id, None) is not None:

@@ -11,13 +11,13 @@ steers, since its measurements belong to a request's account.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from steering.runtime.blocks import chain
 from steering.runtime.launches import Reading
-from steering.runtime.outcome import Outcome
 from steering.runtime.scheduler import Segment, Sequence
 from steering.runtime.scope import Steered, Steering
 
@@ -34,7 +34,7 @@ def share(sequence: Sequence, steering: Steering | None, size: int) -> None:
     request = sequence.request
     n = 0 if request.sampling.prompt_logprobs is not None else (sequence.n_prompt - 1) // size
     marks = [b""] * n if steering is None else _marks(steering, n, size)
-    salt = request.cache_salt.encode()
+    salt = request.cache_salt.encode(errors="surrogatepass")
     own = chain(request.prompt, size, marks, salt)
     shadow = chain(request.prompt, size, [b""] * len(own), salt)
     sequence.names = (own, shadow)[: sequence.n_rows]
@@ -56,19 +56,22 @@ def _marks(steering: Steering, n: int, size: int) -> list[bytes]:
     return marks
 
 
-def record(outcome: Outcome, size: int, segment: Segment, start: int) -> Record | None:
-    """What a step measured in a segment's block that starts at position `start`; None where nothing acted."""
-    if outcome.frame is None or outcome.reading is None:
-        return None
+def record(
+    reading: Reading | None, steerings: Mapping[str, Steering], size: int, segment: Segment, start: int
+) -> Record | None:
+    """What a step measured in a segment's block that starts at position `start`; None where nothing acted.
+
+    All of it, also what is in the receipt of this request already: whoever takes the block over was told nothing yet.
+    """
     name = segment.sequence.request.id
-    steered = next((each for each in outcome.frame.steered if each.request_id == name), None)
-    if steered is None:
+    if reading is None or (steering := steerings.get(name)) is None:
+        return None
+    active_PR = steering.prompt_IR[start : start + size]
+    tokens_K = np.flatnonzero(active_PR.any(axis=1))
+    if not len(tokens_K):
         return None
     first = segment.offset + start - segment.start
-    is_own = (steered.tokens_K >= first) & (steered.tokens_K < first + size)
-    if not is_own.any():
-        return None
-    at, reading = slice(first, first + size), outcome.reading
+    at = slice(first, first + size)
     part = Reading(
         reading.routes,
         reading.sites,
@@ -78,4 +81,4 @@ def record(outcome: Outcome, size: int, segment: Segment, start: int) -> Record 
         reading.total_T[at].copy(),
         reading.top_T[at].copy(),
     )
-    return Record(Steered(name, steered.tokens_K[is_own] - first, steered.active_KR[is_own]), part)
+    return Record(Steered(name, tokens_K, active_PR[tokens_K]), part)

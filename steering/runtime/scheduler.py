@@ -2,7 +2,7 @@
 
 A request is nothing but `computed` catching up with its known tokens: while the prompt is being read several tokens a
 step, afterwards one. Every step takes one token of each request that decodes, then fills what is left of the token
-budget with chunks of prompts, first come first served.
+budget, and in any case one block, with chunks of prompts, first come first served.
 
 What the prefix cache holds of a prompt is taken over, and what another request of this very step computes is waited
 for, so that the twin of a comparison and the n choices of a request read their prompt once. The last token is always
@@ -293,7 +293,8 @@ class Scheduler:
     def _read(self, pieces: list[tuple[Sequence, int, int]]) -> None:
         """Add chunks of the sequences that have more than one token to catch up with."""
         size = self._blocks.size
-        left = self._max_step_tokens - sum(sequence.n_rows for sequence, _, _ in pieces)
+        budget = self._max_step_tokens
+        left = max(budget - sum(sequence.n_rows for sequence, _, _ in pieces), min(size, budget))
         coming: set[bytes] = set()
         for sequence in list(self.running.values()):
             if sequence.request.id not in self.running or len(sequence.tokens) - sequence.computed < 2:
@@ -306,7 +307,7 @@ class Scheduler:
                 and sequence.names[0][start // size] in coming
             ):
                 continue
-            length = self._chunk(sequence, left, is_first=not pieces)
+            length = self._chunk(sequence, left)
             while not pieces and self._lacks(sequence, length):
                 *_, last = self.running.values()
                 if last is sequence:  # alone it fits: those before it are all that is left to wait for
@@ -320,7 +321,7 @@ class Scheduler:
             if sequence.names:
                 coming.update(sequence.names[0][start // size : (start + length) // size])
 
-    def _chunk(self, sequence: Sequence, left: int, *, is_first: bool) -> int:
+    def _chunk(self, sequence: Sequence, left: int) -> int:
         """Tokens of a sequence to read now: up to a bound that must not be crossed, in whole blocks if it can be."""
         size, start = self._blocks.size, sequence.computed
         bounds = [len(sequence.tokens), sequence.n_shareable * size, sequence.n_common * size]
@@ -328,14 +329,15 @@ class Scheduler:
         length = min(bound - start, left // sequence.n_rows)
         if start + length < bound and (whole := (start + length) // size * size - start) > 0:
             length = whole
-        return max(length, 1) if is_first else length
+        return length
 
     def _adopt(self, sequence: Sequence) -> None:
         """Take over what the cache holds of the prompt from where the sequence stands."""
         size = self._blocks.size
         while sequence.computed % size == 0 and (at := sequence.computed // size) < sequence.n_shareable:
             found = [self._blocks.find(names[at]) for names in sequence.names]
-            if any(len(table) > at for table in sequence.tables) or None in found:
+            is_split = at * size < sequence.counted < (at + 1) * size  # a part of what its record tells is counted
+            if is_split or any(len(table) > at for table in sequence.tables) or None in found:
                 return
             for table, block in zip(sequence.tables, found, strict=True):
                 assert block is not None

@@ -170,8 +170,8 @@ def _steady_key(batch: Batch, steerings: Mapping[str, Steering], rank: int) -> t
     for segment in batch.segments:
         name = segment.sequence.request.id
         if (steering := steerings.get(name)) is not None:
-            if steering.always_R is None or segment.start < segment.sequence.n_prompt:
-                return None
+            if steering.always_R is None or segment.start < max(segment.sequence.n_prompt, segment.sequence.counted):
+                return None  # one token of a prompt, or one that is read again and measured before
             members.append(steering)
         members.append((name, segment.is_shadow))
     return tuple(members)

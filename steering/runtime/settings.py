@@ -22,7 +22,7 @@ class EngineSettings:
     prefix_cache: bool = True
     """Whether a prompt's blocks are remembered and shared."""
     max_step_tokens: int = 512
-    """Most tokens of one step; longer prompts are read in chunks."""
+    """Most tokens of one step; longer prompts are read in chunks, of a block at least however many requests decode."""
     queue_limit: int = 256
     """Requests that may wait beside those that run."""
     program_slots: int = 256

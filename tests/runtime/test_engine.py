@@ -406,6 +406,20 @@ def test_what_does_not_fit_the_model_is_refused_at_once() -> None:
     assert own.stats().waiting == 0
 
 
+def test_what_fails_before_a_request_is_queued_is_told_to_its_sender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, ended = engine(), list[Event]()
+    own.submit(Request("a", PROMPTS[0], greedy(3)), ended.append)
+    decode = own._decode
+    monkeypatch.setattr(own, "_decode", lambda ids: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        own.submit(Request("b", PROMPTS[1], greedy(3)), ended.append)
+    monkeypatch.setattr(own, "_decode", decode)
+    assert own.stats().waiting == 1
+    while own.step():
+        pass
+    assert [event.request_id for event in ended if isinstance(event, Finished)] == ["a"]
+
+
 def test_a_thread_serves_aborts_and_drains() -> None:
     own = engine(max_len=96)
     own.start()

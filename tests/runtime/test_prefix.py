@@ -106,6 +106,7 @@ def test_salts_keep_prompts_apart_and_judged_prompts_are_read_whole() -> None:
     alone(own)
     assert alone(own, cache_salt="a").usage.cached == 0
     assert alone(own, cache_salt="a").usage.cached == 32
+    assert alone(own, cache_salt="\ud800").usage.cached == 0, "no text, but no reason to fail either"
     judged = replace(REPORTED, prompt_logprobs=0)
     [done] = own.generate([Request("judged", PROMPT, judged)])
     assert done.usage.cached == 0
@@ -172,6 +173,41 @@ def test_interrupted_requests_give_the_same_text_and_the_same_receipt() -> None:
     assert tight.stats().kv_used_ratio == 0
 
 
+def test_what_is_read_again_in_pieces_is_measured_once() -> None:
+    """Of three requests whose steps have room for three tokens the last is read again token by token."""
+    asked = [
+        Request(f"p{i}", PROMPT[i : i + n], replace(REPORTED, max_tokens=out), LAST)
+        for i, (n, out) in enumerate([(14, 60), (14, 60), (10, 40)])
+    ]
+    tight = engine(kv_tokens=112, max_step_tokens=3)
+    done = tight.generate(asked)
+    assert tight.stats().preempted > 0
+    assert [one.receipt.tokens_steered for one in done if one.receipt is not None] == [60, 60, 40]
+    for one, other in zip(done, engine().generate(asked), strict=True):
+        assert one.receipt is not None
+        assert other.receipt is not None
+        assert one.receipt.tracking["c"].mean == pytest.approx(other.receipt.tracking["c"].mean, rel=1e-4)
+
+
+def test_who_takes_over_what_was_read_again_is_told_all_of_it() -> None:
+    own = engine(kv_tokens=96)
+    other = tuple(reversed(PROMPT))
+    lengths = (50, 20)
+    requests = [
+        Request(f"r{i}", prompt, replace(REPORTED, max_tokens=n), (Program(), ALL)[i])
+        for i, (prompt, n) in enumerate(zip((other, PROMPT), lengths, strict=True))
+    ]
+    own.generate(requests)
+    assert own.stats().preempted == 1
+    later = alone(own, ALL)
+    assert later.usage.cached == 32
+    assert later.receipt is not None
+    first = alone(engine(), ALL).receipt
+    assert first is not None
+    assert later.receipt.tokens_steered == first.tokens_steered == 45
+    assert later.receipt.effort == pytest.approx(first.effort, rel=1e-4)
+
+
 def test_an_interrupted_judgement_is_not_judged_twice() -> None:
     judged = Sampling(max_tokens=40, temperature=0, ignore_eos=True, prompt_logprobs=0)
     requests = [Request(f"j{i}", PROMPT[i:], judged) for i in range(4)]
@@ -195,6 +231,19 @@ def test_a_diverged_prompt_leaves_nothing_behind() -> None:
     first = alone(own)
     assert first.usage.cached == 0
     assert first.tokens == alone(engine()).tokens
+
+
+def test_an_aborted_completion_leaves_its_prompt_for_the_next() -> None:
+    """A client that stops reading asks on with the same text before; one that left earlier may leave anything."""
+    for steps, cached in ((1, 0), (3, 32)):
+        own = engine()
+        own.submit(Request("gone", PROMPT, REPORTED, ALL), lambda _: None)
+        for _ in range(steps):
+            own.step()
+        own.abort("gone")
+        own.step()
+        assert own.stats().kv_used_ratio == 0
+        assert alone(own, ALL).usage.cached == cached
 
 
 def test_a_twin_needs_room_for_itself() -> None:

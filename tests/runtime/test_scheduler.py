@@ -82,7 +82,7 @@ def test_every_token_finds_what_it_attends_to_whoever_computed_it(
         if (batch := queue.step()) is None:
             break
         assert sum(one.n_rows for one in queue.running.values()) <= rows
-        assert batch.n_tokens <= max(budget, batch.n_decode + 2)
+        assert batch.n_tokens <= max(budget, batch.n_decode + min(SIZE, budget))
         assert [s.offset for s in batch.segments] == [
             sum(t.length for t in batch.segments[:i]) for i in range(len(batch.segments))
         ]
@@ -167,6 +167,21 @@ def test_who_may_not_start_holds_back_those_behind() -> None:
     assert [s.sequence.request.id for s in batch.segments] == ["a"]
 
 
+def test_a_block_that_is_half_in_the_receipt_is_read_again_rather_than_taken_over() -> None:
+    """Or its record, which tells of the whole block, would count the first half twice."""
+    queue = scheduler(2, 100)
+    names = chain(range(1, 12), SIZE, [b"steered"] * 2)
+    for name, counted in (("a", 0), ("b", 6)):
+        one = sequence(name, 11)
+        one.names, one.counted = (names,), counted
+        queue.add(one)
+        batch = queue.step()
+        assert batch is not None
+        queue.commit(batch, {}, lambda _, start: f"record of {start}")
+    assert [(s.sequence.request.id, s.start, s.length) for s in batch.segments] == [("a", 8, 3), ("b", 4, 4)]
+    assert (one.inherited, one.counted) == ([], 8)
+
+
 def test_decoding_goes_on_while_a_long_prompt_is_read() -> None:
     queue = scheduler(2, 5)
     queue.add(sequence("a", 1))
@@ -179,6 +194,21 @@ def test_decoding_goes_on_while_a_long_prompt_is_read() -> None:
         assert batch is not None
         assert [(s.sequence.request.id, s.length) for s in batch.segments] == [("a", 1), ("b", 4)]
         queue.commit(batch, {"a": 7})
+
+
+def test_prompts_are_read_however_many_decode() -> None:
+    queue = scheduler(8, 4)
+    for name in "abcdef":
+        queue.add(sequence(name, 1))
+    read = 0
+    for _ in range(6):
+        if len(queue.running) == 6 and not queue.waiting:
+            queue.add(sequence("late", 9))
+        batch = queue.step()
+        assert batch is not None
+        read += sum(s.length for s in batch.segments if s.sequence.request.id == "late")
+        queue.commit(batch, {s.sequence.request.id: 0 for s in batch.segments if s.samples})
+    assert read >= 9
 
 
 def test_a_batch_splits_into_its_requests() -> None:

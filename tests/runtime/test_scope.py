@@ -11,7 +11,7 @@ from steering.program import Guard, Positions, Program, Scope, Window
 from steering.runtime.bank import Knobs
 from steering.runtime.request import Request
 from steering.runtime.scheduler import Batch, Sequence
-from steering.runtime.scope import Resolver, Steering, launch_order, resolve
+from steering.runtime.scope import Frame, Resolver, Steering, launch_order, resolve
 from steering.types import Route, Site, across, at
 from tests.runtime.naive import across_program
 
@@ -86,6 +86,12 @@ def test_a_steady_step_reuses_its_frame_and_others_do_not() -> None:
     assert step(3, a, b) is first
     assert step(3, a) is not first
     assert step(1, a) is not step(1, a), "a prompt token is not a decode step"
+    a.counted = 4
+    again, new = step(3, a, b), step(4, a, b)
+    assert isinstance(again, Frame)
+    assert isinstance(new, Frame)
+    assert not again.steered, "what is read again after an interruption is in the receipt already"
+    assert new.steered
     steerings["a"] = steering(steady, 2)
     assert step(3, a, b) is not first, "another request of the same id"
     steerings["a"] = steering(moving, 2)
