@@ -31,6 +31,15 @@ class PagedAttention:
         self.pool = pool
         self.place: Placement | None = None
 
+    def leave_out(self, layer: int) -> None:
+        """Have the step's tokens leave zeros in a layer that does not run.
+
+        In a batch with others it may run later, and a mask that nothing passes multiplies what it reads: what a block's
+        last holder left there may be NaN.
+        """
+        assert self.place is not None
+        self.pool.erase(layer, self.place.at_T)
+
     def __call__(
         self,
         module: nn.Module,

@@ -52,6 +52,11 @@ class KVPool:
         self.keys[layer].flatten(0, 1).index_copy_(0, at_T, key_THD)
         self.values[layer].flatten(0, 1).index_copy_(0, at_T, value_THD)
 
+    def erase(self, layer: int, at_T: Tensor) -> None:
+        """Store zeros at flat places."""
+        self.keys[layer].flatten(0, 1).index_fill_(0, at_T, 0)
+        self.values[layer].flatten(0, 1).index_fill_(0, at_T, 0)
+
     def read(self, layer: int, block_M: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """A copy of the first `length` keys and values of a table, each (kv heads, length, head width)."""
         key, value = (each[layer][block_M].flatten(0, 1)[:length].transpose(0, 1) for each in (self.keys, self.values))

@@ -79,7 +79,7 @@ class Runner:
         self._device = plant.device
         self._tapped: set[Site] = set()
         self._norms = Norms(plant, shell, waits=plant.device.type == "cuda")
-        self._shortcuts = Shortcuts(plant, shell)
+        self._shortcuts = Shortcuts(plant, shell, attention.leave_out)
         self._launches: Launches | None = None
         self._prepared: tuple[Frame, Launches] | None = None
         self._states: dict[Site, Tensor] = {}

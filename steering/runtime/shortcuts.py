@@ -12,6 +12,7 @@ Both replace a module's computation on the engine's own shell, and only in steps
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -34,9 +35,13 @@ _INSIDE = {
 
 
 class Shortcuts:
-    """The shortcuts of one engine. `blank` and `sparse` are the sites of the running step; empty between steps."""
+    """The shortcuts of one engine. `blank` and `sparse` are the sites of the running step; empty between steps.
 
-    def __init__(self, plant: Plant, shell: nn.Module) -> None:
+    left_out: called with the layer when its attention does not run, and so leaves no keys and values.
+    """
+
+    def __init__(self, plant: Plant, shell: nn.Module, left_out: Callable[[int], None]) -> None:
+        self._left_out = left_out
         self._plant = plant
         self._shell = shell
         self._ready: set[tuple[str, Site]] = set()
@@ -71,7 +76,10 @@ class Shortcuts:
             if site not in self.blank:
                 return compute(*args, **kwargs)
             nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-            return (nothing, None) if site.tap == "attn_out" else nothing
+            if site.tap != "attn_out":
+                return nothing
+            self._left_out(site.layer)
+            return nothing, None
 
         module.forward = forward
         self._ready.add(("blank", site))

@@ -17,7 +17,7 @@ from steering.errors import DimensionMismatch
 from steering.law import Law
 from steering.plant.plant import Plant
 from steering.program import Guard, Positions, Program, Scope, Term, Window
-from steering.runtime import Finished, Request
+from steering.runtime import Event, Finished, Request
 from steering.runtime.bank import Bank
 from steering.types import Route, Site, across, at, edit_at
 from tests.plans import noise, orthonormal
@@ -317,3 +317,24 @@ def _count_calls(watched: Any) -> dict[str, int]:
             calls[f"{name} {layer}"] = 0
             module.register_forward_hook(lambda *_, key=f"{name} {layer}": calls.__setitem__(key, calls[key] + 1))
     return calls
+
+
+def test_what_lay_in_a_block_before_does_not_reach_a_layer_that_ran_only_sometimes() -> None:
+    """Alone the layer is left out; in company it runs, over places that it left empty."""
+    wanted: list[tuple[int, ...]] = []
+    for stale in (0.0, math.nan):
+        own = engine()
+        for tensor in (*own._pool.keys, *own._pool.values):
+            tensor.fill_(stale)
+        events: list[Event] = []
+        for i, program in enumerate((blank("attn_out", 1), Program())):
+            own.submit(Request(str(i), tuple(range(3, 12)), greedy(8), program), events.append)
+            for _ in range(3):
+                own.step()
+        while own.step():
+            pass
+        ends = [event for event in events if isinstance(event, Finished)]
+        assert len(ends) == 2
+        assert not [end.error for end in ends if end.error]
+        wanted.append(next(end.tokens for end in ends if end.request_id == "0"))
+    assert wanted[0] == wanted[1]
