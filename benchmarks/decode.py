@@ -48,7 +48,9 @@ WARM = 12
 def decoding(plant: Plant, way: str, batch: int, programs: Sequence[Program], steps: int) -> Engine:
     """An engine with a full batch on its way, its prompts read and its graphs recorded."""
     length = PROMPT + WARM + steps + 8
-    engine = Engine(plant, EngineSettings(max_batch=batch, program_slots=max(batch, 1), max_len=length, **WAYS[way]))
+    engine = Engine(
+        plant, EngineSettings(max_batch=batch, program_slots=max(batch, 1), max_model_len=length, **WAYS[way])
+    )
     sampling = Sampling(max_tokens=length - PROMPT, temperature=0.0, ignore_eos=True)
     for i in range(batch):
         prompt = tuple((7 * i + j) % 500 + 3 for j in range(PROMPT))

@@ -173,7 +173,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     given = arguments.parse_args()
     plant = load_plant(given.model, given.device)
-    engine = Engine(plant, EngineSettings(max_batch=max(8, given.streams), max_len=256))
+    engine = Engine(plant, EngineSettings(max_batch=max(8, given.streams), max_model_len=256))
     engine.start()
     positive, negative = contrast("positive", EXAMPLES, 5)
     body = FitRequest.model_validate(

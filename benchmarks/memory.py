@@ -59,7 +59,7 @@ def context_bytes(plant: Plant, batch: int) -> tuple[float, int]:
 
     def measure(length: int) -> int:
         before = held(plant.device)
-        engine = Engine(plant, EngineSettings(max_batch=batch, max_len=length, program_slots=1))
+        engine = Engine(plant, EngineSettings(max_batch=batch, max_model_len=length, program_slots=1))
         after = held(plant.device)
         engine.stop()
         return after - before
@@ -83,7 +83,7 @@ def slot_bytes(plant: Plant) -> float:
 
     def measure(slots: int) -> int:
         before = held(plant.device)
-        engine = Engine(plant, EngineSettings(max_batch=1, max_len=16, program_slots=slots))
+        engine = Engine(plant, EngineSettings(max_batch=1, max_model_len=16, program_slots=slots))
         _run(engine, plant, range(slots))
         after = held(plant.device)
         engine.stop()
@@ -97,7 +97,7 @@ def known_bytes(plant: Plant) -> float:
     """Bytes that the host keeps of a program that has been served and let go; the bank has its size already."""
 
     def measure(programs: int) -> int:
-        engine = Engine(plant, EngineSettings(max_batch=1, max_len=16, program_slots=8))
+        engine = Engine(plant, EngineSettings(max_batch=1, max_model_len=16, program_slots=8))
         _run(engine, plant, range(8))
         before = held(torch.device("cpu"))
         _run(engine, plant, range(8, 8 + programs))

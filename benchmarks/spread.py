@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     arguments = parser.parse_args()
     plant = Plant.load(MODEL, dtype="float32")
-    engine = Engine(plant, EngineSettings(max_batch=32, max_len=256))
+    engine = Engine(plant, EngineSettings(max_batch=32, max_model_len=256))
     rows = []
     for name in arguments.concepts:
         for q in PRICES:

@@ -294,7 +294,7 @@ class Setpoint:
 
         self._control = {name: tensor.cpu() for name, tensor in task.control().items()}
         plant = Plant.load(str(task.folder), device=task.device, dtype="float32")
-        sizes = EngineSettings(max_batch=task.batch, max_len=task.length, program_slots=2 * task.batch)
+        sizes = EngineSettings(max_batch=task.batch, max_model_len=task.length, program_slots=2 * task.batch)
         self._engine = Engine(plant, sizes)
         self._programs: dict[tuple[str, int], Any] = {}
 

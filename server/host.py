@@ -122,7 +122,7 @@ class Host:
         name = settings.served_model_name or served_name(settings.model)
         sizes = EngineSettings(
             max_batch=settings.max_batch,
-            max_len=settings.max_model_len,
+            max_model_len=settings.max_model_len,
             kv_tokens=settings.kv_tokens,
             prefix_cache=settings.prefix_cache,
             compile=settings.compile,
@@ -136,7 +136,7 @@ class Host:
     @property
     def context(self) -> int:
         """Longest prompt and completion together, in tokens."""
-        return self.engine.max_len
+        return self.engine.max_model_len
 
     @property
     def has_chat(self) -> bool:

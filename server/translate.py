@@ -169,7 +169,7 @@ def check_length(host: Host, tokens: Sequence[int], where: str, wanted: int = 0,
         message = f"the prompt has {length} tokens and {wanted} are asked for: expected at most {host.context} together"
     raise ApiError(
         400,
-        f"{where_}: {message}, since this model's context is {host.context} tokens; shorten it.",
+        f"{where_}: {message}, since a request here may have {host.context} tokens; shorten it.",
         param=where_,
         code="context_length_exceeded",
     )

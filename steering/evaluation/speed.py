@@ -77,7 +77,7 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
     """Steered ÷ unsteered throughput, one row for each case of `load`."""
     slots = max(*load.programs, load.batch)
     length = load.prompt_tokens + load.max_tokens
-    settings = EngineSettings(max_batch=load.batch, program_slots=slots, max_len=length, prefix_cache=False)
+    settings = EngineSettings(max_batch=load.batch, program_slots=slots, max_model_len=length, prefix_cache=False)
     one = Engine(plant, settings)
     other = Engine(plant, settings) if plant.device.type == "cpu" else one
     vocabulary = min(plant.vocab, 1000) - 3

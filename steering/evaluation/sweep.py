@@ -132,7 +132,7 @@ def run_sweep(
     for a sweep that `programs` or `encoded` refuses, or whose unsteered answers all failed.
     """
     pause = pause or (lambda: None)
-    prompts = sweep.encoded(plant, engine.max_len)
+    prompts = sweep.encoded(plant, engine.max_model_len)
     doses: list[tuple[float | None, Program]] = [(None, sweep.metered(bench))]
     doses += zip(sweep.grid, sweep.programs(bench), strict=True)
     cells: list[dict[str, Any]] = []

@@ -90,29 +90,31 @@ def free_bytes(device: torch.device) -> int:
 
 
 def pool_size(
-    rows: int, wanted: int | None, max_len: int | None, context: int, per_position: int, free: int
+    rows: int, wanted: int | None, longest: int | None, context: int, per_position: int, free: int
 ) -> tuple[int, int]:
     """(blocks of the pool, positions that one sequence may have).
 
-    wanted: positions of the pool; None for as many as `rows` sequences of full length need, as far as half of the free
-    memory allows. max_len: None for the model's context, as far as the pool allows.
+    wanted: positions of the pool (`kv_tokens`); None for as many as `rows` sequences of full length need, as far as
+    half of the free memory allows. longest: positions of a sequence (`max_model_len`); None for the model's context, as
+    far as an automatic pool allows.
 
-    Raises SpecError if `max_len` exceeds the context or the pool, or the pool does not fit in memory or holds not even
-    16 positions.
+    Raises SpecError, which names the setting, if a sequence may not be so long or the pool does not fit in memory or
+    holds not even one sequence of full length.
     """
-    if max_len is not None and not 1 <= max_len <= context:
-        raise SpecError("max_len", expected=f"1 to {context}, the model's context", got=max_len)
-    one = -(-(max_len or context) // BLOCK) * BLOCK
+    if longest is not None and not 1 <= longest <= context:
+        raise SpecError("max_model_len", expected=f"1 to {context}, the model's context", got=longest)
+    one = -(-(longest or context) // BLOCK) * BLOCK
     affordable = int(free * SHARE) // per_position // BLOCK * BLOCK
-    positions = -(-wanted // BLOCK) * BLOCK if wanted else max(min(rows * one, affordable), one if max_len else 0)
+    positions = -(-wanted // BLOCK) * BLOCK if wanted else max(min(rows * one, affordable), one if longest else 0)
     if positions < min(BLOCK, one) or per_position * positions > free:
-        name, got = ("kv_tokens", wanted) if wanted else ("max_len", max_len) if max_len else ("max_batch", rows)
-        raise SpecError(
-            name,
-            expected=f"keys and values that fit in {free / 2**20:.0f} MiB of free memory",
-            got=f"{got}: {max(positions, BLOCK)} positions = {per_position * max(positions, BLOCK) / 2**20:.0f} MiB",
-            advice="lower max_len or kv_tokens",
+        setting, got = next(
+            (name, value)
+            for name, value in (("kv_tokens", wanted), ("max_model_len", longest), ("max_batch", rows))
+            if value
         )
-    if max_len is not None and positions < one:
-        raise SpecError("kv_tokens", expected=f"at least max_len = {max_len}", got=wanted)
-    return positions // BLOCK, max_len or min(context, positions)
+        room = f"keys and values that fit in {free / 2**20:.0f} MiB of memory, at {per_position} bytes a token"
+        raise SpecError(setting, expected=room, got=got, advice="lower it")
+    if wanted and positions < one:
+        full = f"{longest}, max_model_len" if longest else f"{context}, the model's context"
+        raise SpecError("kv_tokens", expected=f"at least {full}", got=wanted, advice="raise it, or lower max_model_len")
+    return positions // BLOCK, longest or min(context, positions)

@@ -13,7 +13,7 @@ from steering.runtime.blocks import Blocks
 from steering.runtime.request import Request
 
 
-def check(request: Request, plant: Plant, max_len: int, max_batch: int, blocks: Blocks[Any]) -> None:
+def check(request: Request, plant: Plant, max_model_len: int, max_batch: int, blocks: Blocks[Any]) -> None:
     """Lengths, token ids, sites and widths.
 
     Raises PlantError if it is longer than a sequence may be or its program asks for a site that the model does not
@@ -21,11 +21,11 @@ def check(request: Request, plant: Plant, max_len: int, max_batch: int, blocks: 
     there is no room for.
     """
     n_prompt, sampling = len(request.prompt), request.sampling
-    if n_prompt + sampling.max_tokens > max_len:
+    if n_prompt + sampling.max_tokens > max_model_len:
         raise PlantError(
             f"The prompt has {n_prompt} tokens and max_tokens is {sampling.max_tokens}: expected at most "
-            f"{max_len} together; shorten one of them.",
-            param="prompt" if n_prompt >= max_len else "max_tokens",
+            f"{max_model_len} together; shorten one of them.",
+            param="prompt" if n_prompt >= max_model_len else "max_tokens",
         )
     ids = {"prompt": request.prompt, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
     for name, tokens in ids.items():

@@ -47,19 +47,19 @@ from steering.runtime.wiring import wire
 class Engine:
     """Continuous batching of requests that are each steered in their own way.
 
-    Raises SpecError if the cache does not fit in memory or `max_len` exceeds the model's context.
+    Raises SpecError if the cache does not fit in memory or `max_model_len` exceeds the model's context.
     """
 
     def __init__(self, plant: Plant, settings: EngineSettings | None = None) -> None:
         self.plant = plant
         self.settings = settings = settings or EngineSettings()
-        shell, attention, self.max_len = wire(plant, settings)
+        shell, attention, self.max_model_len = wire(plant, settings)
         """Positions a sequence may have: prompt and completion together."""
         self._bank = Bank(settings.program_slots, plant.device)
         self._pool = attention.pool
         on_gpu = plant.device.type == "cuda"
         has_graphs = on_gpu if settings.graphs is None else settings.graphs
-        width = -(-self.max_len // BLOCK)
+        width = -(-self.max_model_len // BLOCK)
         graphs = Graphs(settings.max_batch, width, plant.device) if has_graphs else None
         compiled = Compiled(plant, shell) if settings.compile else None
         self._runner = Runner(plant, shell, attention, self._bank, graphs, compiled)
@@ -92,7 +92,7 @@ class Engine:
         Raises QueueFull, PlantError if it is longer than a row, DimensionMismatch or PlantError if its program does not
         fit the model, and SpecError for token ids out of the vocabulary or an id that is in use.
         """
-        check(request, self.plant, self.max_len, self.settings.max_batch, self._blocks)
+        check(request, self.plant, self.max_model_len, self.settings.max_batch, self._blocks)
         self._bank.prepare(request.program)
         live = Live.of(Sequence(request, n_rows(request)), deliver, self._decode, self.eos)
         with self._wake:
@@ -185,14 +185,14 @@ class Engine:
             programs_resident=len(self._bank),
             distinct_programs=self._distinct if running else 0,
             steps=self._counts["steps"],
-            prompt_tokens=self._counts["prompt_tokens"],
+            prompt_tokens=self._counts["prompt_tokens"] + self._scheduler.n_cached,
             generated_tokens=self._counts["generated_tokens"],
             saturated_tokens=self._counts["saturated_tokens"],
             nonfinite=self._counts["nonfinite"],
             rejected=self._counts["rejected"],
             preempted=self._scheduler.n_preempted,
             prefix_tokens=self._counts["prefix_tokens"],
-            cached_tokens=self._counts["cached_tokens"],
+            cached_tokens=self._scheduler.n_cached,
             finished=dict(self._finished),
         )
 
@@ -287,6 +287,7 @@ class Engine:
             self._distinct = distinct(self._steerings)
         if self.settings.prefix_cache:
             share(sequence, self._steerings.get(sequence.request.id), BLOCK)
+            self._counts["prefix_tokens"] += sequence.n_shareable * BLOCK
         live.admitted = time.monotonic()
         return True
 
@@ -426,8 +427,6 @@ class Engine:
             self._distinct = distinct(self._steerings)
         if live.tally is not None:
             self._counts["saturated_tokens"] += live.tally.saturated
-        self._counts["prefix_tokens"] += live.sequence.n_shareable * BLOCK
-        self._counts["cached_tokens"] += live.sequence.cached
         self._finished[finished.reason] += 1
         with self._wake:
             self._outstanding.discard(finished.request_id)

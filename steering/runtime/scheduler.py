@@ -174,6 +174,8 @@ class Scheduler:
     def __init__(self, n_rows: int, max_step_tokens: int, blocks: Blocks[Any]) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}
+        self.n_cached = 0
+        """Positions of prompts that were taken over since the start."""
         self.n_preempted = 0
         """Times that a sequence gave its blocks back since the start."""
         self._blocks = blocks
@@ -349,6 +351,7 @@ class Scheduler:
                 sequence.inherited += [] if record is None else [record]
                 sequence.counted = sequence.computed
                 sequence.cached += size
+                self.n_cached += size
 
     def _lacks(self, sequence: Sequence, length: int) -> bool:
         """Whether there are too few blocks for its next `length` tokens."""

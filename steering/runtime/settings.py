@@ -13,7 +13,7 @@ class EngineSettings:
 
     max_batch: int = 32
     """Sequences that run at once; a request with `max_kl` counts twice."""
-    max_len: int | None = None
+    max_model_len: int | None = None
     """Positions per sequence; None: the model's context, as far as the pool has room for it."""
     kv_tokens: int | None = None
     """Positions of the pool of keys and values, for running sequences and remembered prefixes. None: max_batch
@@ -46,7 +46,7 @@ class EngineSettings:
                 raise SpecError(name, expected="true, false or null", got=value)
         if not isinstance(self.compile, bool):
             raise SpecError("compile", expected="true or false", got=self.compile)
-        for name in ("max_len", "kv_tokens"):
+        for name in ("max_model_len", "kv_tokens"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SpecError(name, expected="an integer >= 1", got=value)

@@ -20,14 +20,14 @@ class Wired(NamedTuple):
 
     shell: PreTrainedModel
     attention: PagedAttention
-    max_len: int
+    max_model_len: int
 
 
 def wire(plant: Plant, settings: EngineSettings) -> Wired:
     """Make the tree and its pool; what a pool must hold is measured by running one token, in every family alike.
 
     The attention is known to transformers under a fresh name for as long as the tree lives.
-    Raises SpecError if the pool does not fit in memory or `max_len` exceeds the model's context.
+    Raises SpecError if the pool does not fit in memory or `max_model_len` exceeds the model's context.
     """
     name = f"setpoint_blocks_{uuid.uuid4().hex}"
     probe = ShapeProbe()
@@ -39,10 +39,10 @@ def wire(plant: Plant, settings: EngineSettings) -> Wired:
             shell(input_ids=one, position_ids=one, use_cache=False)
         shapes = [probe.shapes[layer] for layer in sorted(probe.shapes)]
         per_position = position_bytes(shapes, probe.dtype)
-        n_blocks, max_len = pool_size(
+        n_blocks, max_model_len = pool_size(
             settings.max_batch,
             settings.kv_tokens,
-            settings.max_len,
+            settings.max_model_len,
             steady_context(plant),
             per_position,
             free_bytes(plant.device),
@@ -54,7 +54,7 @@ def wire(plant: Plant, settings: EngineSettings) -> Wired:
     attention = PagedAttention(pool)
     register(name, attention)
     weakref.finalize(shell, unregister, name)
-    return Wired(shell, attention, max_len)
+    return Wired(shell, attention, max_model_len)
 
 
 def steady_context(plant: Plant) -> int:

@@ -33,7 +33,7 @@ def shelf(plant: Plant) -> Shelf:
 
 @pytest.fixture(scope="module")
 def engine(plant: Plant) -> Iterator[Engine]:
-    engine = Engine(plant, EngineSettings(max_batch=len(ENTRIES) + 1, max_len=256, program_slots=64))
+    engine = Engine(plant, EngineSettings(max_batch=len(ENTRIES) + 1, max_model_len=256, program_slots=64))
     yield engine
     engine.stop()
 

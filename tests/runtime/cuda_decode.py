@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 
 def served(plant: Plant, asked: list[Request], *, graphs: bool, pipeline: bool) -> tuple[list[Finished], Engine]:
-    own = Engine(plant, EngineSettings(max_batch=16, max_len=96, graphs=graphs, pipeline=pipeline))
+    own = Engine(plant, EngineSettings(max_batch=16, max_model_len=96, graphs=graphs, pipeline=pipeline))
     return run(own, asked), own
 
 
@@ -43,7 +43,7 @@ def test_a_recorded_step_equals_one_that_is_not(family: str, pipeline: bool, cap
 
 def test_the_host_does_not_wait_within_a_step_in_the_air() -> None:
     """Launching the next step synchronises nothing."""
-    own = Engine(Plant(tiny("llama").cuda()), EngineSettings(max_batch=16, max_len=96))
+    own = Engine(Plant(tiny("llama").cuda()), EngineSettings(max_batch=16, max_model_len=96))
     for request in requests([across_program(i) for i in range(8)], 60):
         own.submit(request, lambda _: None)
     for _ in range(12):

@@ -14,9 +14,9 @@ CPU = torch.device("cpu")
 
 
 def size(
-    wanted: int | None, free: int, *, max_len: int | None = None, context: int = 100, rows: int = 5
+    wanted: int | None, free: int, *, longest: int | None = None, context: int = 100, rows: int = 5
 ) -> tuple[int, int]:
-    return pool_size(rows, wanted, max_len, context, PER_POSITION, free * PER_POSITION)
+    return pool_size(rows, wanted, longest, context, PER_POSITION, free * PER_POSITION)
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:
@@ -31,26 +31,26 @@ def test_an_automatic_pool_takes_half_of_what_is_free() -> None:
     assert size(None, 640) == (20, 100)
     assert size(None, 96) == (3, 48)
     assert size(None, 10**6, context=8) == (5, 8)
-    assert size(None, 10**6, max_len=20) == (10, 20)
-    assert size(None, 64, max_len=60) == (4, 60)  # one sequence of the length that was asked for may take all
+    assert size(None, 10**6, longest=20) == (10, 20)
+    assert size(None, 64, longest=60) == (4, 60)  # one sequence of the length that was asked for may take all
     assert size(100, 10**6) == (7, 100)
-    assert size(40, 10**6) == (3, 48)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "max_len", "free", "field"),
+    ("wanted", "longest", "free", "field"),
     [
-        (None, 101, 10**6, "max_len"),
-        (None, 0, 10**6, "max_len"),
-        (None, 60, 59, "max_len"),
+        (None, 101, 10**6, "max_model_len"),
+        (None, 0, 10**6, "max_model_len"),
+        (None, 60, 59, "max_model_len"),
         (None, None, 20, "max_batch"),
         (2000, None, 1000, "kv_tokens"),
         (32, 60, 10**6, "kv_tokens"),
+        (40, None, 10**6, "kv_tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(wanted: int | None, max_len: int | None, free: int, field: str) -> None:
+def test_what_does_not_fit_is_refused_by_name(wanted: int | None, longest: int | None, free: int, field: str) -> None:
     with pytest.raises(SpecError) as error:
-        size(wanted, free, max_len=max_len)
+        size(wanted, free, longest=longest)
     assert error.value.param == field
 
 

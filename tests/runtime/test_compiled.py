@@ -22,7 +22,7 @@ COMPILE = torch.compile
 
 
 def engine(plant: Plant = LLAMA, **settings: Any) -> Engine:
-    return Engine(plant, EngineSettings(max_batch=16, max_len=96, compile=True, **settings))
+    return Engine(plant, EngineSettings(max_batch=16, max_model_len=96, compile=True, **settings))
 
 
 @pytest.fixture

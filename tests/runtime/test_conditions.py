@@ -155,7 +155,7 @@ def test_each_segment_asks_its_own_gates_alone(monkeypatch: pytest.MonkeyPatch) 
 
 def test_tokens_that_a_gate_let_pass_are_traced_and_the_others_are_not() -> None:
     program = behind(gate(1, 0.1), across_program(1))
-    [done] = Engine(LLAMA, EngineSettings(max_batch=1, max_len=96)).generate(
+    [done] = Engine(LLAMA, EngineSettings(max_batch=1, max_model_len=96)).generate(
         [Request("one", PROMPTS[0], greedy(12), program, trace=True)]
     )
     assert done.trace is not None

@@ -26,7 +26,7 @@ PROMPTS = [tuple(prompt) for prompt in prompts(5)]
 
 
 def engine(plant: Plant = LLAMA, **settings: int) -> Engine:
-    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_len": 96} | settings))
+    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_model_len": 96} | settings))
 
 
 def tokens(done: list[Finished]) -> list[list[int]]:
@@ -386,7 +386,7 @@ def test_the_queue_is_bounded() -> None:
 
 
 def test_what_does_not_fit_the_model_is_refused_at_once() -> None:
-    own = engine(max_len=20)
+    own = engine(max_model_len=20)
     with pytest.raises(PlantError, match=r"14 tokens and max_tokens is 7: expected at most 20") as long:
         own.submit(Request("a", PROMPTS[0], greedy(7)), lambda event: None)
     assert long.value.param == "max_tokens"
@@ -401,8 +401,8 @@ def test_what_does_not_fit_the_model_is_refused_at_once() -> None:
         own.submit(Request("a", (1,), greedy(1), across_program(1, read=16)), lambda event: None)
     with pytest.raises(PlantError, match="layer 9"):
         own.submit(Request("a", (1,), greedy(1), across_program(1, layers=(9,))), lambda event: None)
-    with pytest.raises(SpecError, match="max_len"):
-        engine(max_len=129)
+    with pytest.raises(SpecError, match="max_model_len"):
+        engine(max_model_len=129)
     assert own.stats().waiting == 0
 
 
@@ -421,7 +421,7 @@ def test_what_fails_before_a_request_is_queued_is_told_to_its_sender_alone(monke
 
 
 def test_a_thread_serves_aborts_and_drains() -> None:
-    own = engine(max_len=96)
+    own = engine(max_model_len=96)
     own.start()
     done = own.generate([Request(str(i), p, greedy(), across_program(i)) for i, p in enumerate(PROMPTS)])
     assert tokens(done) == [naive.generate(LLAMA.model, p, 10, across_program(i)) for i, p in enumerate(PROMPTS)]
@@ -446,7 +446,7 @@ def test_a_thread_serves_aborts_and_drains() -> None:
 
 
 def test_stop_without_patience_aborts() -> None:
-    own = engine(max_len=128)
+    own = engine(max_model_len=128)
     own.start()
     ends: list[Event] = []
     own.submit(Request("long", PROMPTS[1], greedy(100)), lambda e: (time.sleep(0.01), ends.append(e))[0])

@@ -26,7 +26,7 @@ from tests.runtime.test_graphs import assert_equal, mixed, requests
 
 
 def engine(plant: Plant = LLAMA, *, pipeline: bool = True, **settings: Any) -> Engine:
-    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_len": 96, "pipeline": pipeline} | settings))
+    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_model_len": 96, "pipeline": pipeline} | settings))
 
 
 def served(own: Engine, asked: Sequence[Request], *, every: int = 0) -> list[Event]:
@@ -266,7 +266,7 @@ def test_whatever_comes_and_goes_each_request_gets_what_it_gets_alone(seed: int,
         )
         asked.append(Request(str(i % 9), rng.choice(PROMPTS), sampling, rng.choice(programs)))
         wanted += run(alone, asked[-1:])
-    own = engine(max_batch=6, program_slots=5, kv_tokens=288, max_len=64, graphs=seed % 2 == 0)
+    own = engine(max_batch=6, program_slots=5, kv_tokens=288, max_model_len=64, graphs=seed % 2 == 0)
     ended, events = dict[int, Finished](), list[tuple[int, Event]]()
     coming, steps = list(enumerate(asked)), 0
     while coming or len(ended) < len(asked):
@@ -324,7 +324,7 @@ def test_a_twin_and_a_prompt_that_is_read_are_not_followed(ahead: list[int]) -> 
 
 
 def test_draining_and_stopping_leave_nothing_in_the_air() -> None:
-    own = engine(max_len=96)
+    own = engine(max_model_len=96)
     own.start()
     done = own.generate(requests(mixed()))
     assert_equal(done, run(engine(pipeline=False), requests(mixed())))

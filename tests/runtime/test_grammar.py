@@ -51,7 +51,7 @@ TIDY = dict.fromkeys(BLANKS, -20.0)
 
 
 def engine(plant: Plant = PLANT, **settings: int) -> Engine:
-    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_len": 128} | settings))
+    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_model_len": 128} | settings))
 
 
 def ids(text: str) -> list[int]:

@@ -33,7 +33,7 @@ from tests.tolerances import RUNTIME
 
 
 def engine(plant: Plant = LLAMA, *, has_graphs: bool = True, **settings: Any) -> Engine:
-    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_len": 96, "graphs": has_graphs} | settings))
+    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_model_len": 96, "graphs": has_graphs} | settings))
 
 
 def recorded(own: Engine) -> Graphs:

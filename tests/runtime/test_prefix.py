@@ -24,7 +24,7 @@ LAST, ALL = across_program(1, scope=Scope("last", "all")), across_program(1, sco
 
 
 def engine(**settings: int | bool) -> Engine:
-    return Engine(PLANT, EngineSettings(**{"max_batch": 8, "max_len": 96} | settings))  # type: ignore[arg-type]
+    return Engine(PLANT, EngineSettings(**{"max_batch": 8, "max_model_len": 96} | settings))  # type: ignore[arg-type]
 
 
 def alone(own: Engine, program: Program | None = None, prompt: tuple[int, ...] = PROMPT, **more: str) -> Finished:
@@ -154,7 +154,7 @@ def test_interrupted_requests_give_the_same_text_and_the_same_receipt() -> None:
     requests = [
         Request(f"i{i}", tuple((p + i) % (VOCAB - 3) + 3 for p in PROMPT), short, programs[i % 5]) for i in range(10)
     ]
-    roomy, tight = engine(), engine(max_len=96, kv_tokens=160)
+    roomy, tight = engine(), engine(max_model_len=96, kv_tokens=160)
     wanted, done = roomy.generate(requests), tight.generate(requests)
     assert roomy.stats().preempted == 0
     assert tight.stats().preempted > 0

@@ -84,7 +84,7 @@ def test_nothing_is_worked_out_on_the_engines_thread(monkeypatch: pytest.MonkeyP
             return own(law, *args)
 
         monkeypatch.setattr(Law, name, noted)
-    engine = Engine(Plant(tiny("llama")), EngineSettings(max_batch=2, max_len=32))
+    engine = Engine(Plant(tiny("llama")), EngineSettings(max_batch=2, max_model_len=32))
     engine.start()
     try:
         requests = [Request(str(i), (3, 4, 5), greedy(3), across_program(i)) for i in range(4)]

@@ -30,7 +30,7 @@ READ = Sampling(max_tokens=0, prompt_logprobs=3)
 
 
 def engine(plant: Plant = LLAMA, **settings: int) -> Engine:
-    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_len": 96} | settings))
+    return Engine(plant, EngineSettings(**{"max_batch": 16, "max_model_len": 96} | settings))
 
 
 def logprobs_of(model: PreTrainedModel, prompt: tuple[int, ...], program: Program) -> Tensor:
@@ -114,7 +114,7 @@ def test_a_request_without_tokens_only_reads() -> None:
     assert own.stats().generated_tokens == 0
     assert own.stats().running == 0
     # A prompt as long as a row has no place for a token, and needs none.
-    assert run(engine(max_len=14), [Request("b", PROMPTS[0], READ)])[0].prompt_logprobs is not None
+    assert run(engine(max_model_len=14), [Request("b", PROMPTS[0], READ)])[0].prompt_logprobs is not None
 
 
 def test_a_prompt_of_one_token_has_nothing_before_it() -> None:

@@ -103,7 +103,7 @@ class Demo:
 
     def __init__(self) -> None:
         self.plant = Plant.load(MODEL, dtype="float32")
-        self.engine = Engine(self.plant, EngineSettings(max_batch=32, max_len=128))
+        self.engine = Engine(self.plant, EngineSettings(max_batch=32, max_model_len=128))
         self.positive, self.negative = contrast("positive", 40, 7)
         self.free = prompts("positive", "neutral", "test", 24)
         self.asked = [[message("system", "Be positive."), *chat] for chat in self.free if not isinstance(chat, str)]

@@ -28,7 +28,7 @@ EXAMPLES = 24
 def running(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of its own, with a store of its own: what is sent here may delete and save."""
     store: Path = tmp_path_factory.mktemp("fuzzed")
-    with serving(plant, store, ServerSettings(body_limit=100_000), max_len=CONTEXT) as address:
+    with serving(plant, store, ServerSettings(body_limit=100_000), max_model_len=CONTEXT) as address:
         yield address
 
 
