@@ -253,7 +253,7 @@ class Plant:
         return ids
 
     def _text(self, prompt: str) -> list[int]:
-        return list(self.tokenizer(prompt).input_ids)
+        return list(self.tokenizer(prompt, verbose=False).input_ids)  # what is too long is refused by whoever runs it
 
     def _chat(self, messages: Sequence[Message], open_end: bool, answer: bool) -> list[int]:
         if not messages:
@@ -271,6 +271,7 @@ class Plant:
                 continue_final_message=open_end and ends_with_answer,
                 tokenize=True,
                 return_dict=False,
+                tokenizer_kwargs={"verbose": False},
             )
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             raise PlantError(

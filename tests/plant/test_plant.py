@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,18 @@ def test_prompts_that_cannot_be_encoded() -> None:
     plant.tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(PlantError, match="empty after tokenisation"):
         plant.encode("")
+
+
+def test_a_long_prompt_is_encoded_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """Who runs it refuses it, with both lengths; a library's warning of indexing errors would only alarm."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 4
+    plant = Plant(tiny("llama"), tokenizer)
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(plant.encode("the cat and the dog and the bird")) > 4
+        assert len(plant.encode([{"role": "user", "content": "the cat and the dog"}])) > 4
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
