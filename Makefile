@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 run"; exit 2; }
@@ -29,6 +29,11 @@ run: $(VENV)/.run ## Set up and serve the embedded model on http://127.0.0.1:800
 .PHONY: test
 test: $(VENV)/.dev ## Set up and run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: deploy-test
+deploy-test: $(VENV)/.dev ## Check deploy/ and the image with their own tools; what is missing is skipped and named
+	@test -x $(BIN)/hadolint || $(BIN)/python -m pip install --quiet --editable '.[deploy]' || echo "pip could not install setpoint[deploy]: its checks are skipped"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs tests/deploy tests/repo/test_image.py tests/repo/test_deploy.py $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## Linters, types and import contracts
