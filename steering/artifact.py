@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +45,8 @@ MAX_HEADER = 2**20
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
 PARTIAL = ".partial-"
+ABANDONED = 86400.0
+"""Seconds after which a half-written file of another machine is given up."""
 """How the name of a file begins that is being written; the number of the writing process follows."""
 
 
@@ -163,7 +168,7 @@ def partial_file(folder: Path) -> Iterator[Path]:
     name = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f"{PARTIAL}{os.getpid()}-")
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f"{PARTIAL}{machine()}-{os.getpid()}-")
         os.close(handle)
         yield Path(name)
     except (OSError, SafetensorError) as error:
@@ -191,15 +196,34 @@ def replacing(path: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> list[str]:
     """Delete what a writer left half-written in `folder`: files of processes that are no more, and of this one.
 
-    Only for a process that does not write yet. Returns the names.
+    Of another machine that shares the folder, whose processes nobody here can ask, only what is a day old. Only for a
+    process that does not write yet. Returns the names.
     """
     left = []
     for path in sorted(folder.glob(f"{PARTIAL}*")) if folder.is_dir() else ():
-        owner = path.name.removeprefix(PARTIAL).partition("-")[0]
-        if not (owner.isdecimal() and len(owner) < 10 and int(owner) != os.getpid() and _is_alive(int(owner))):
+        place, _, rest = path.name.removeprefix(PARTIAL).partition("-")
+        owner = rest.partition("-")[0]
+        if place == machine() and owner.isdecimal() and len(owner) < 10:
+            is_kept = int(owner) != os.getpid() and _is_alive(int(owner))
+        else:
+            is_kept = time.time() - _written(path) < ABANDONED
+        if not is_kept:
             path.unlink(missing_ok=True)
             left.append(path.name)
     return left
+
+
+def _written(path: Path) -> float:
+    """When a file was last written; never, in time to come, for one that has just taken its final name."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+
+
+def machine() -> str:
+    """This machine, or container, in eight letters: process numbers mean nothing beyond it."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _is_alive(process: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from steering.artifact import Artifact
+from steering.artifact import Artifact, machine
 from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint
 from steering.store import Shelf, Store
 from tests.toy import MODEL, toy
@@ -181,16 +181,21 @@ def test_another_models_sizes_are_told(store: Store) -> None:
 
 
 def test_what_a_killed_writer_left_is_swept(store: Store) -> None:
-    """Of processes that are no more, and of this one, which has not begun to write; not of one that lives."""
+    """Of processes that are no more, and of this one, which has not begun to write; not of one that lives, nor, for a
+    day, of another machine."""
     program = [sys.executable, "-c", "import os; print(os.getpid())"]
     dead = subprocess.run(program, capture_output=True, text=True, check=True)
     presets = store.folder / "presets"
     presets.mkdir()
     for folder in (store.folder, presets):
         for owner in (dead.stdout.strip(), str(os.getpid()), str(os.getppid())):
-            (folder / f".partial-{owner}-x").write_bytes(b"half")
+            (folder / f".partial-{machine()}-{owner}-x").write_bytes(b"half")
+    elsewhere = store.folder / f".partial-elsewhere-{os.getpid()}-x"
+    elsewhere.write_bytes(b"half")
     (store.folder / ".partial-old").write_bytes(b"half")
+    os.utime(store.folder / ".partial-old", (0, 0))
     assert len(store.sweep()) == 5
-    assert sorted(path.name for path in store.folder.rglob(".partial-*")) == [f".partial-{os.getppid()}-x"] * 2
+    kept = [elsewhere.name, *[f".partial-{machine()}-{os.getppid()}-x"] * 2]
+    assert sorted(path.name for path in store.folder.rglob(".partial-*")) == sorted(kept)
     assert "mine" in listed(store)
     assert Store(store.folder / "absent").sweep() == []
