@@ -89,8 +89,9 @@ def overhead(plant: Plant, load: Load, progress: Progress | None = None) -> list
             n = max(load.batch, n_programs)
             programs = [program(plant, seed, n_interventions) for seed in range(n_programs)]
             prompts = [tuple((7 * i + j) % vocabulary + 3 for j in range(load.prompt_tokens)) for i in range(n)]
-            rate(other, prompts, programs, 1)  # programs become resident, taps are installed
-            rate(one, prompts, [], 1)
+            few = min(8, load.max_tokens)  # programs become resident, taps are installed, graphs recorded
+            rate(other, prompts, programs, few)
+            rate(one, prompts, [], few)
             pairs = []
             for i in range(load.repeats):
                 runs = [_Run(one, prompts, [], load.max_tokens), _Run(other, prompts, programs, load.max_tokens)]
