@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ from kernels import _compile, paged_attention
 from kernels.attention import reference
 from tests.kernels.attention_cases import LONG, SHAPES, assert_agrees, case, row
 from tests.kernels.cases import DTYPES, same_bits
+from tests.kernels.interpreter import interpreted
 
 ALL = [*DTYPES, torch.float64]
 
@@ -191,14 +188,5 @@ def test_registration_passes_opcheck(dtype: torch.dtype) -> None:
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
-    """TRITON_INTERPRET must be set before Triton is imported, hence a process of its own."""
-    suite = Path(__file__).with_name("triton_attention.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)],
-        cwd=suite.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = interpreted("triton_attention.py")
     assert done.returncode == 0, done.stdout + done.stderr

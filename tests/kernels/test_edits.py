@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from kernels import _bound, _cpu
 from steering.edit import Mask, Sparse, Turn
 from tests.kernels.cases import DTYPES, INF, MUTATED, Batch, assert_same, both_ways, clone, same_bits, tokens
 from tests.kernels.edit_cases import FORMS, assert_agrees, batch
+from tests.kernels.interpreter import interpreted
 from tests.tolerances import KERNELS
 
 OPERATORS = {form: getattr(kernels, f"{form}_") for form in FORMS}
@@ -343,14 +340,5 @@ def test_wrong_shape_is_named_and_not_broadcast(name: str, wrong: object, form: 
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
-    """TRITON_INTERPRET must be set before Triton is imported, hence a process of its own."""
-    suites = [str(Path(__file__).with_name(f"triton_{name}.py")) for name in ("edits", "sparse_linear")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *suites],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = interpreted("triton_edits.py", "triton_sparse_linear.py")
     assert done.returncode == 0, done.stdout + done.stderr

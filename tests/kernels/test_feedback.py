@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +23,7 @@ from tests.kernels.cases import (
     same_bits,
     tokens,
 )
+from tests.kernels.interpreter import interpreted
 from tests.tolerances import KERNELS
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
@@ -423,14 +419,5 @@ def test_package_is_not_mistaken_for_another() -> None:
 
 
 def test_triton_kernel_in_the_interpreter() -> None:
-    """TRITON_INTERPRET must be set before Triton is imported, hence a process of its own."""
-    suite = Path(__file__).with_name("triton_feedback.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)],
-        cwd=suite.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = interpreted("triton_feedback.py")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,6 +17,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from kernels import _compile, bind_norm, feedback_, norm_
 from kernels.norm import FORMS, Form, normed
 from tests.kernels.cases import DTYPES, MUTATED, assert_same, clone, same_bits, tokens
+from tests.kernels.interpreter import interpreted
 from tests.kernels.norm_cases import EPS, SHAPES, assert_agrees, case, law_of, reading_itself, weights
 from tests.tolerances import KERNELS
 
@@ -242,14 +243,5 @@ def test_triton_kernels_compute_the_same_in_one_launch_or_two(tmp_path: Path) ->
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
-    """TRITON_INTERPRET must be set before Triton is imported, hence a process of its own."""
-    suite = Path(__file__).with_name("triton_norm.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)],
-        cwd=suite.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = interpreted("triton_norm.py")
     assert done.returncode == 0, done.stdout + done.stderr
