@@ -1,4 +1,4 @@
-"""Suites in Triton's interpreter: TRITON_INTERPRET must be set before Triton is imported, hence in their own process."""
+"""Suites in Triton's interpreter: TRITON_INTERPRET must be set before Triton is imported, so each has a process."""
 
 from __future__ import annotations
 
