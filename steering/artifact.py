@@ -45,9 +45,9 @@ MAX_HEADER = 2**20
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
 PARTIAL = ".partial-"
+"""How the name of a file begins that is being written; the number of the writing process follows."""
 ABANDONED = 86400.0
 """Seconds after which a half-written file of another machine is given up."""
-"""How the name of a file begins that is being written; the number of the writing process follows."""
 
 
 def checked_name(name: object) -> str:
@@ -83,6 +83,12 @@ class Artifact:
     def save(self, folder: Path) -> Path:
         """Write `folder/NAME.safetensors` whole or not at all; returns the path. Raises SpecError for a bad name."""
         path = folder / f"{checked_name(self.name)}{SUFFIX}"
+        with replacing(path) as partial:
+            self.write(partial)
+        return path
+
+    def write(self, path: Path) -> None:
+        """Write into a file that nobody reads yet."""
         header: dict[str, Any] = {
             "format": FORMAT,
             "kind": self.kind,
@@ -95,9 +101,7 @@ class Artifact:
         header["seal"] = _seal(header)
         # Copies, for safetensors refuses tensors that share memory.
         copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in self.tensors.items()}
-        with replacing(path) as partial:
-            save_file(copies, partial, metadata={"setpoint": json.dumps(header, sort_keys=True)})
-        return path
+        save_file(copies, path, metadata={"setpoint": json.dumps(header, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> Artifact:
@@ -187,10 +191,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with partial_file(path.parent) as partial:
         yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
+        settle(partial, path)
+
+
+def settle(partial: Path, path: Path) -> None:
+    """Give a file that has been written whole its name, once its bytes are on the disk."""
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.chmod(0o644)
+    partial.replace(path)
 
 
 def sweep(folder: Path) -> list[str]:
@@ -201,16 +210,19 @@ def sweep(folder: Path) -> list[str]:
     """
     left = []
     for path in sorted(folder.glob(f"{PARTIAL}*")) if folder.is_dir() else ():
-        place, _, rest = path.name.removeprefix(PARTIAL).partition("-")
-        owner = rest.partition("-")[0]
-        if place == machine() and owner.isdecimal() and len(owner) < 10:
-            is_kept = int(owner) != os.getpid() and _is_alive(int(owner))
-        else:
-            is_kept = time.time() - _written(path) < ABANDONED
-        if not is_kept:
+        if is_abandoned(path.name, _written(path)):
             path.unlink(missing_ok=True)
             left.append(path.name)
     return left
+
+
+def is_abandoned(name: str, written: float) -> bool:
+    """Whether nobody will finish a half-written file of this name, last written at `written` (Unix time)."""
+    place, _, rest = name.removeprefix(PARTIAL).partition("-")
+    owner = rest.partition("-")[0]
+    if place == machine() and owner.isdecimal() and len(owner) < 10:
+        return int(owner) == os.getpid() or not _is_alive(int(owner))
+    return time.time() - written >= ABANDONED
 
 
 def _written(path: Path) -> float:

@@ -9,10 +9,13 @@ SteeringError
 ├─ ArtifactError    409  an artifact cannot be used with this model
 │  ├─ ArtifactCorrupt
 │  ├─ StaleFingerprint
-│  └─ ArtifactNotFound   404
+│  ├─ ArtifactNotFound   404
+│  ├─ StoreUnwritable    503
+│  └─ StoreUnreachable   503
 ├─ CapacityError    429  no room now; try again
 │  ├─ BankFull
 │  └─ QueueFull
+├─ TeamLost         503  a process that shares the model ended
 └─ Diverged         400  a request's own control made its state non-finite
 
 A message is one sentence that says what was expected, what arrived and what to do. `param` is the dotted path of the
@@ -99,6 +102,13 @@ class StoreUnwritable(ArtifactError):
     code = "store_unwritable"
 
 
+class StoreUnreachable(ArtifactError):
+    """The place where a shared store is kept does not answer, and nothing of it is known here."""
+
+    status = 503
+    code = "store_unreachable"
+
+
 class ArtifactCorrupt(ArtifactError):
     """A file is damaged or not an artifact of ours."""
 
@@ -135,6 +145,13 @@ class QueueFull(CapacityError):
     """The waiting queue has reached its limit."""
 
     code = "queue_full"
+
+
+class TeamLost(SteeringError):
+    """One of the processes that share a model ended, and the model with it."""
+
+    status = 503
+    code = "model_lost"
 
 
 class Diverged(SteeringError):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from steering.artifact import SUFFIX, Artifact, checked_name, read_header, sweep
+from steering.artifact import SUFFIX, Artifact, checked_name, read_header
 from steering.concept import KIND, Concept
 from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint, echo
+from steering.folder import Folder
+from steering.mirror import opened
 from steering.plan import PLANS, Plan
 from steering.plant.massive import Caution
 
 P = TypeVar("P", bound=Plan)
+KEPT = 512
+"""Concepts, and plans, that a shelf keeps loaded: a concept of an 8B model has a megabyte or two."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +34,36 @@ class Entry:
 
 
 class Store:
-    """Artifacts addressed by name. A name in the writable folder hides a built-in one."""
+    """Artifacts addressed by name. A name in the writable folder hides a built-in one.
 
-    def __init__(self, folder: Path, builtin: Path | None = None) -> None:
-        self.folder = folder
+    `where` is a folder, or the URL of one that several machines share, of which `folder` is the copy on this machine.
+    """
+
+    def __init__(self, where: Folder | Path | str, builtin: Path | None = None) -> None:
+        self.place = opened(where)
+        self.folder = self.place.path
         self.builtin = builtin
 
     def path(self, name: str) -> Path:
         """The file of an artifact. Raises SpecError for an impossible name, ArtifactNotFound for an unknown one."""
-        checked_name(name)
+        key = f"{checked_name(name)}{SUFFIX}"
+        self.place.look(key)
         for folder in (self.folder, self.builtin):
-            if folder is not None and (found := folder / f"{name}{SUFFIX}").is_file():
+            if folder is not None and (found := folder / key).is_file():
                 return found
+        self.place.look(key, missed=True)
+        if (found := self.folder / key).is_file():
+            return found
         raise ArtifactNotFound(
             f"There is no artifact named {name!r}; `setpoint artifacts list` names those there are.", param="name"
         )
 
-    def entries(self) -> list[Entry]:
-        """Every readable artifact, by name. Damaged files are left out; `verify` names them."""
+    def entries(self, *, here: bool = False) -> list[Entry]:
+        """Every readable artifact, by name; `here`: of which this machine has a copy, without asking further. Damaged
+        files are left out; `verify` names them."""
         found: dict[str, Entry] = {}
+        if not here:
+            self.place.look()
         for folder in (self.builtin, self.folder):
             if folder is None or not folder.is_dir():
                 continue
@@ -77,8 +93,21 @@ class Store:
         return Artifact.load(self.path(name))
 
     def save(self, artifact: Artifact) -> Path:
-        """Write to the writable folder, whole or not at all."""
-        return artifact.save(self.folder)
+        """Write to the writable folder, whole or not at all. Raises SpecError for a bad name, StoreUnwritable."""
+        key = f"{checked_name(artifact.name)}{SUFFIX}"
+        with self.place.replacing(key) as partial:
+            artifact.write(partial)
+        return self.folder / key
+
+    def names(self) -> list[str]:
+        """Of every artifact there is a file of, readable or not."""
+        self.place.look()
+        folders = (folder for folder in (self.folder, self.builtin) if folder is not None)
+        return sorted({path.name.removesuffix(SUFFIX) for one in folders for path in one.glob(f"[!.]*{SUFFIX}")})
+
+    def shown(self, name: str) -> str:
+        """Where an artifact is kept that was saved under a name, for people."""
+        return self.place.shown(f"{name}{SUFFIX}")
 
     def is_builtin(self, name: str) -> bool:
         """Whether a built-in artifact has this name. Raises SpecError for an impossible one."""
@@ -93,21 +122,19 @@ class Store:
             )
 
     def remove(self, name: str) -> None:
-        """Delete from the writable folder. Raises ArtifactError for a built-in artifact, ArtifactNotFound."""
+        """Delete from the writable folder. Raises ArtifactError for a built-in artifact, ArtifactNotFound,
+        StoreUnwritable."""
         path = self.path(name)
         if path.parent == self.builtin:
             raise ArtifactError(
                 f"name: expected an artifact of the store, got {name!r}; this one ships with the model.", param="name"
             )
-        path.unlink(missing_ok=True)
+        self.place.remove(path.name)
 
     def sweep(self) -> list[str]:
-        """Delete what a killed process left half-written here and in the folders below; returns the names.
-
-        For the start of a process, before it writes anything.
-        """
-        folders = [self.folder, *(path for path in self.folder.glob("*/") if path.is_dir())]
-        return [name for folder in folders for name in sweep(folder)]
+        """Delete what a killed process left half-written; returns the names. For the start of a process, before it
+        writes anything."""
+        return self.place.sweep()
 
 
 def held_in(found: Artifact) -> Concept | Plan:
@@ -133,6 +160,7 @@ class Shelf:
         self.caution = caution or Caution()
         self._loaded: dict[str, tuple[tuple[int, ...], Concept]] = {}
         self._plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
+        self._lock = threading.Lock()
 
     def concept(self, name: str) -> Concept:
         """A concept fitted on this model.
@@ -146,7 +174,7 @@ class Shelf:
         found = Artifact.load(path)
         self._require_kind("concept", name, found, KIND)
         concept = self.checked(Concept.from_artifact(found), name)
-        self._loaded[name] = (version, concept)
+        self._keep(self._loaded, name, version, concept)
         return concept
 
     def plan(self, name: str, kind: type[P]) -> P:
@@ -166,8 +194,16 @@ class Shelf:
             raise
         self._require_kind("plan", name, found, kind.kind)
         plan = kind.from_artifact(found).require(model=self.model, depth=self.depth, width=self.width, label=name)
-        self._plans[name] = (version, plan)
+        self._keep(self._plans, name, version, plan)
         return plan
+
+    def _keep(self, loaded: dict[str, Any], name: str, version: tuple[int, ...], held: Concept | Plan) -> None:
+        """Remember what was loaded, and forget what was loaded first of more than `KEPT`."""
+        with self._lock:
+            loaded.pop(name, None)
+            loaded[name] = (version, held)
+            while len(loaded) > KEPT:
+                del loaded[next(iter(loaded))]
 
     def _found(self, field: str, name: str, kind: str) -> tuple[Path, tuple[int, ...]]:
         """The file of an artifact, and its version. Raises SpecError, with the names there are, for an unknown one."""
@@ -175,7 +211,9 @@ class Shelf:
             path = self.store.path(name)
             stat = path.stat()
         except (ArtifactNotFound, FileNotFoundError, SpecError) as error:
-            known = [entry.name for entry in self.store.entries() if entry.kind == kind and entry.model == self.model]
+            # Of a store that is large and elsewhere, a name that somebody made up must not bring every file here.
+            entries = self.store.entries(here=True)
+            known = [entry.name for entry in entries if entry.kind == kind and entry.model == self.model]
             what = "a concept" if kind == KIND else f"a plan of kind {kind!r}"
             raise SpecError(field, expected=f"{what} of this model ({', '.join(known) or 'none'})", got=name) from error
         # A file is replaced whole, so that a new version is a new inode even within one tick of the clock.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from steering.artifact import Artifact, machine
 from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint
@@ -173,6 +174,18 @@ def test_a_shelf_sees_a_new_version_even_within_one_tick(store: Store) -> None:
     store.remove("mine")
     with pytest.raises(SpecError):
         bench.concept("mine")
+
+
+def test_a_shelf_does_not_grow_without_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steering.store.KEPT", 2)
+    bench = shelf(store)
+    first = bench.concept("mine")
+    for name in ("polite", "tone"):
+        assert bench.concept(name) is bench.concept(name)
+    again = bench.concept("mine")
+    assert again is not first
+    assert torch.equal(again.direction, first.direction)
+    assert len(bench._loaded) == 2
 
 
 def test_another_models_sizes_are_told(store: Store) -> None:
