@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from steering.errors import SteeringError
+
 State = Literal["ok", "limited", "failed"]
 LEAST_PYTHON = (3, 11)
 LEAST_MEMORY = 2 * 2**30
@@ -29,7 +31,7 @@ class Check:
     fix: str = ""
 
 
-def diagnose(store: Path) -> list[Check]:
+def diagnose(store: Path | str) -> list[Check]:
     """Every check, in the order in which they matter."""
     checks: tuple[Callable[[], Check], ...] = (
         _python,
@@ -42,6 +44,7 @@ def diagnose(store: Path) -> list[Check]:
         _kernels,
         _compiler,
         _quantization,
+        _sharing,
         _memory,
         lambda: _store(store),
     )
@@ -155,6 +158,19 @@ def _quantization() -> Check:
     return Check("quantization", "limited", ", ".join(found) or "no package for it", fix)
 
 
+def _sharing() -> Check:
+    """What `--tensor-parallel` needs."""
+    import torch
+
+    found = _version("accelerate")
+    if found is None:
+        fix = "pip install 'setpoint[parallel]', to serve a model with --tensor-parallel"
+        return Check("tensor parallel", "limited", "no accelerate", fix)
+    if (n := torch.cuda.device_count()) == 1:
+        return Check("tensor parallel", "ok", f"accelerate {found}; one GPU, so nothing to share a model with")
+    return Check("tensor parallel", "ok", f"accelerate {found}, {f'{n} GPUs' if n else 'processes of this CPU'}")
+
+
 def _memory() -> Check:
     import torch
 
@@ -184,7 +200,21 @@ def _free(name: str, free: int, total: int) -> Check:
     return Check(name, "limited", found, "close other programs, or lower --max-batch and --max-model-len")
 
 
-def _store(folder: Path) -> Check:
+def _store(where: Path | str) -> Check:
+    from steering.mirror import opened
+    from steering.remote import is_url
+
+    if is_url(where):
+        fix = "see that the address is right, that this machine can reach it, and that its credentials are set"
+        try:
+            place = opened(where)
+            place.look()
+        except SteeringError as error:
+            return Check("store", "failed", error.message, fix)
+        if not place.health.is_reachable:
+            return Check("store", "limited", f"{where} cannot be reached; there is a copy in {place.path}", fix)
+        return Check("store", "ok", f"{where}, copied to {place.path}")
+    folder = Path(where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -26,7 +26,7 @@ from steering.evaluation.conditions import METHODS, Condition
 from steering.evaluation.metrics import distinct, perplexity, wilson
 from steering.plant.plant import Plant
 from steering.registry import Bench
-from steering.runtime import Engine, Finished, Request, Sampling
+from steering.runtime import AnyEngine, Finished, Request, Sampling
 
 Kind = Literal["neutral", "opposed"]
 Progress = Callable[[str, float], None]
@@ -93,7 +93,9 @@ class Cell:
     samples: list[str] = field(default_factory=list)
 
 
-def run_suite(plant: Plant, bench: Bench, engine: Engine, suite: Suite, progress: Progress | None = None) -> list[Cell]:
+def run_suite(
+    plant: Plant, bench: Bench, engine: AnyEngine, suite: Suite, progress: Progress | None = None
+) -> list[Cell]:
     """Every cell of the suite: all strengths on `tune`, the chosen and the extra ones on `test`."""
     cells: list[Cell] = []
     todo = [(concept, kind) for concept in suite.concepts for kind in suite.kinds]
@@ -106,7 +108,7 @@ def run_suite(plant: Plant, bench: Bench, engine: Engine, suite: Suite, progress
     return cells
 
 
-def _concept(plant: Plant, bench: Bench, engine: Engine, suite: Suite, concept: str, kind: Kind) -> list[Cell]:
+def _concept(plant: Plant, bench: Bench, engine: AnyEngine, suite: Suite, concept: str, kind: Kind) -> list[Cell]:
     cells: list[Cell] = []
     base: dict[str, float] = {}
 
@@ -141,7 +143,7 @@ def choose(cells: Sequence[Cell], cap: float) -> Cell:
 def _cell(
     plant: Plant,
     bench: Bench,
-    engine: Engine,
+    engine: AnyEngine,
     suite: Suite,
     condition: Condition,
     kind: Kind,

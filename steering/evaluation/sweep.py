@@ -31,7 +31,7 @@ from steering.methods.guards import guarded
 from steering.plant.plant import Plant
 from steering.program import Program, Scope
 from steering.registry import REGISTRY, Bench, Intervention
-from steering.runtime import Engine, Finished, Request, Sampling
+from steering.runtime import AnyEngine, Finished, Request, Sampling
 from steering.runtime.request import Event
 
 Progress = Callable[[str, float], None]
@@ -121,7 +121,7 @@ class Sweep:
 def run_sweep(
     plant: Plant,
     bench: Bench,
-    engine: Engine,
+    engine: AnyEngine,
     sweep: Sweep,
     progress: Progress | None = None,
     pause: Callable[[], None] | None = None,
@@ -172,7 +172,9 @@ def run_sweep(
     }
 
 
-def generate_few(engine: Engine, requests: Sequence[Request], width: int, pause: Callable[[], None]) -> list[Finished]:
+def generate_few(
+    engine: AnyEngine, requests: Sequence[Request], width: int, pause: Callable[[], None]
+) -> list[Finished]:
     """Run requests on a started engine, at most `width` at a time, to their ends and in the order given.
 
     Where no place is free one is asked for at a time. What `pause` raises aborts those that run. Raises QueueFull when
@@ -216,7 +218,7 @@ def generate_few(engine: Engine, requests: Sequence[Request], width: int, pause:
     return [done[request.id] for request in requests]
 
 
-def _has_room(engine: Engine) -> bool:
+def _has_room(engine: AnyEngine) -> bool:
     """Whether another request would run at once."""
     stats = engine.stats()
     return stats.running + stats.waiting < engine.settings.max_batch

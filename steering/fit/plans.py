@@ -135,6 +135,7 @@ def fit_plan(
     pause: Pause | None = None,
 ) -> Plan:
     """Fit the plan whose kind the settings are of. Raises what the kind's own fit raises."""
+    plant.require_whole()
     fitter = next(fitter for fitter in FITS.values() if isinstance(settings, fitter.settings))
     return fitter.fit(plant, name, positive, negative, settings, progress, pause)
 

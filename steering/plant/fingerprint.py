@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -69,8 +70,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(_settings(model.config))
     for name, parameter in parameters:
         digest.update(f"\n{name} {tuple(parameter.shape)} ".encode())
-        digest.update(_content(parameter.detach(), whole))
+        digest.update(_content(whole_tensor(parameter.detach()), whole))
     return f"sha256:{digest.hexdigest()}"
+
+
+def whole_tensor(parameter: Tensor) -> Tensor:
+    """A parameter of which each of several processes has a part; all of them must ask. Itself where one has it all."""
+    gather = getattr(parameter, "full_tensor", None)  # a DTensor, whose module takes a second to import
+    return parameter if gather is None else cast(Tensor, gather())
 
 
 def stored_fingerprint(files: Iterable[Path], config: PreTrainedConfig, quantization: str) -> str:

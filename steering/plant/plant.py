@@ -10,39 +10,44 @@ so that the engine, a fit in the background and a Jacobian do not see each other
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from steering.errors import PlantError, echo
 from steering.plant.fingerprint import fingerprint, stored_fingerprint
 from steering.plant.layouts import LAYOUTS, Layout, layout_of
+from steering.plant.loading import (
+    DTYPES,
+    UNLOADABLE,
+    Dtype,
+    attend,
+    device_of,
+    load_tokenizer,
+    load_weights,
+    not_loaded,
+    reason_of,
+    weight_files,
+)
 from steering.plant.massive import Caution, Massive, find_massive
 from steering.plant.quantised import NONE, as_numbers, chosen, hidden_tensors, is_quantised, quantised_maps, settle
 from steering.plant.taps import TapFn, build_in, linear_weight, linears_at, site_width, tap
+from steering.plant.team import Crew, Group
 from steering.types import Site
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Message = dict[str, Any]
 """A chat message: at least `role` and `content`."""
 
-_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
-"""What `from_pretrained` raises for absent, unreadable or damaged files."""
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -102,20 +107,22 @@ class Plant:
         attn: str | None = None,
         revision: str | None = None,
         quantization: str = NONE,
+        tensor_parallel: int = 1,
     ) -> Plant:
         """Load a causal language model and its tokenizer from a folder or a hub name.
 
         `dtype="auto"` keeps the checkpoint's number format. `attn` is the attention implementation; None leaves
         transformers' choice (sdpa where the family has it, else eager). Code shipped with a checkpoint is never run.
         `quantization` is a name of `steering.plant.quantised.SCHEMES`, for the linear maps of a checkpoint that is not
-        quantised; one that is loads as it is stored.
+        quantised; one that is loads as it is stored. `tensor_parallel` processes share the model: see
+        `steering.plant.shared`.
 
         Raises PlantError, in one sentence, if there is no such model, its architecture is not supported, its files are
-        damaged, its tokenizer is missing, the device, dtype or quantization does not exist, or a package that the
-        quantization needs is not installed.
+        damaged, its tokenizer is missing, the device, dtype or quantization does not exist, a package that is needed is
+        not installed, or so many cannot share the model; TeamLost if one of them ends while it loads.
         """
         name = os.fspath(model)
-        target = _device(device)
+        target = device_of(device)
         if dtype not in DTYPES:
             raise PlantError(f"dtype: expected one of {', '.join(DTYPES)}, got {echo(dtype)}.", param="dtype")
         # A mistyped path must not be asked of the hub, which would retry for half a minute without a network.
@@ -123,8 +130,8 @@ class Plant:
             raise PlantError(f"The model folder {echo(name)} does not exist.", param="model")
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        except _UNLOADABLE as error:
-            raise _not_loaded(name, error) from error
+        except UNLOADABLE as error:
+            raise not_loaded(name, error) from error
         if config.model_type not in LAYOUTS:
             raise PlantError(
                 f"The architecture {config.model_type!r} of {echo(name)} is not supported: expected one of "
@@ -132,13 +139,17 @@ class Plant:
                 param="model",
             )
         scheme, quantiser = chosen(name, quantization, dtype, config)
+        if tensor_parallel != 1:
+            from steering.plant.shared import load_shared
+
+            return load_shared(name, config, scheme, tensor_parallel, target, dtype=dtype, attn=attn, revision=revision)
         if scheme == NONE:
-            loaded = _weights(name, revision, dtype)
+            loaded = load_weights(name, revision, dtype)
             # float16 cannot hold every value of the checkpoint, and its rounding would change the fingerprint.
-            identity = fingerprint(_weights(name, revision, "auto") if dtype == "float16" else loaded)
+            identity = fingerprint(load_weights(name, revision, "auto") if dtype == "float16" else loaded)
             loaded.to(target)
         else:
-            loaded = _weights(name, revision, dtype, device_map={"": target}, quantization_config=quantiser)
+            loaded = load_weights(name, revision, dtype, device_map={"": target}, quantization_config=quantiser)
             if next(quantised_maps(loaded), None) is None:
                 raise PlantError(
                     f"Nothing of {echo(name)} is quantised by {scheme!r}: it finds no linear map in this architecture; "
@@ -146,10 +157,10 @@ class Plant:
                     param="quantization",
                 )
             settle(loaded)
-            identity = stored_fingerprint(_files(name, revision), config, scheme)
+            identity = stored_fingerprint(weight_files(name, revision), config, scheme)
         if attn is not None and attn != "sdpa":  # transformers chose sdpa already wherever the family has it
-            _attend(loaded, attn)
-        return cls(loaded, _tokenizer(name, revision), fingerprint=identity, name=name)
+            attend(loaded, attn)
+        return cls(loaded, load_tokenizer(name, revision), fingerprint=identity, name=name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -184,6 +195,22 @@ class Plant:
     def dtype(self) -> torch.dtype:
         """Number format of the weights."""
         return self.model.dtype
+
+    @property
+    def group(self) -> Group | None:
+        """The processes that share the model; None where this one has it alone."""
+        return None
+
+    @property
+    def crew(self) -> Crew | None:
+        """The other processes that share the model, where this one leads them."""
+        return None
+
+    def require_whole(self) -> None:
+        """Raise PlantError where this process cannot run the model alone, as fits and captures do."""
+
+    def close(self) -> None:
+        """End the other processes that share the model, if there are any. Nothing can run on it afterwards."""
 
     def width_of(self, site: Site) -> int:
         """Width of the tensor at `site`. Raises PlantError if the model has no such site."""
@@ -227,7 +254,7 @@ class Plant:
         for module in shell.modules():
             module.__dict__.pop("_output_capturing_hooks_installed", None)
         if attn_implementation is not None:
-            _attend(shell, attn_implementation)
+            attend(shell, attn_implementation)
         return shell
 
     def tap(self, shell: nn.Module, site: Site, fn: TapFn) -> RemovableHandle:
@@ -275,92 +302,6 @@ class Plant:
             )
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             raise PlantError(
-                f"The model's chat template refuses these messages: {_reason(error)}.", param="messages"
+                f"The model's chat template refuses these messages: {reason_of(error)}.", param="messages"
             ) from error
         return cast("list[int]", ids)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """The device, after checking that a tensor can be put there."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise PlantError(f"The device {str(device)!r} cannot be used: {_reason(error)}.", param="device") from error
-
-
-def _attend(model: PreTrainedModel, attn: str) -> None:
-    """Give `model` this attention implementation. Raises PlantError if it does not have it."""
-    try:
-        model.set_attn_implementation(attn)
-    except (ValueError, ImportError) as error:
-        raise PlantError(
-            f"The attention {attn!r} is not available for this model: {_reason(error)}.", param="attn"
-        ) from error
-
-
-def _weights(name: str, revision: str | None, dtype: Dtype, **quantised: Any) -> PreTrainedModel:
-    """The checkpoint's model, on the CPU unless it is loaded `quantised`.
-
-    Raises PlantError if it cannot be loaded, or not all of it.
-    """
-    given = {key: value for key, value in quantised.items() if value is not None}
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True, trust_remote_code=False, **given
-        )
-    except _UNLOADABLE as error:
-        raise _not_loaded(name, error) from error
-    if info["missing_keys"]:  # transformers would go on with random weights
-        first = min(info["missing_keys"])
-        raise PlantError(
-            f"The model {echo(name)} is incomplete: {len(info['missing_keys'])} weights are missing, the first is "
-            f"{first}; download it again.",
-            param="model",
-        )
-    return cast(PreTrainedModel, loaded)
-
-
-def _files(name: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a checkpoint that has been loaded. Raises PlantError if it has none."""
-    folder = Path(name if os.path.isdir(name) else snapshot_download(name, revision=revision, local_files_only=True))
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
-        return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
-    if not (folder / SAFE_WEIGHTS_NAME).exists():
-        raise PlantError(
-            f"The model {echo(name)} has no safetensors files, which a quantised model is identified by: convert it.",
-            param="model",
-        )
-    return [folder / SAFE_WEIGHTS_NAME]
-
-
-def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights. Raises PlantError if it is missing or damaged."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
-        if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in files):
-            # Some families then get an empty vocabulary without a word.
-            raise FileNotFoundError(f"none of {', '.join(files)} is there")
-    except Exception as error:  # every tokenizer class fails in its own way without its files
-        raise PlantError(
-            f"The model {echo(name)} has no usable tokenizer ({_reason(error)}): put its tokenizer files beside the "
-            "weights.",
-            param="model",
-        ) from error
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def _not_loaded(name: str, error: Exception) -> PlantError:
-    return PlantError(
-        f"The model {echo(name)} cannot be loaded ({_reason(error)}): expected a folder with a Hugging Face "
-        "checkpoint, or the name of one that the hub cache holds or the network can reach.",
-        param="model",
-    )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, without its full stop: libraries add paragraphs of advice."""
-    lines = str(error).strip().splitlines()
-    reason = lines[0].strip().rstrip(".") if lines else type(error).__name__
-    return reason if len(reason) <= 160 else reason[:159] + "…"

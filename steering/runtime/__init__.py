@@ -7,6 +7,7 @@ It receives compiled programs and knows no method, no store and no wire format.
 
 from __future__ import annotations
 
+from steering.runtime.desk import AnyEngine
 from steering.runtime.engine import Engine
 from steering.runtime.grammar import Grammar, GrammarCompiler
 from steering.runtime.receipt import Receipt
@@ -14,6 +15,7 @@ from steering.runtime.request import Delta, Event, Finished, LayerReading, Reque
 from steering.runtime.settings import EngineSettings, Stats
 
 __all__ = [
+    "AnyEngine",
     "Delta",
     "Engine",
     "EngineSettings",

@@ -161,6 +161,10 @@ class Bank:
         wanting = self._wanting(prepared, self._free[0])
         if _n_bytes(wanting) > SMALL:
             wanting = self._affordable(prepared, wanting)
+        return self._put(program.shape, prepared, wanting)
+
+    def _put(self, name: str, prepared: Prepared, wanting: Wanting) -> _Slot:
+        """Fill the lowest free slot, for which the tensors of `wanting` have to be made."""
         # All that may run out of memory comes first, and is kept only when it is whole: the neighbours' programs stay.
         routes = dict(self.routes)
         for route, shapes in wanting.items():
@@ -170,7 +174,7 @@ class Bank:
         slot = _Slot(heapq.heappop(self._free), 0, tuple(prepared.parts))
         places = [place for route, one in resident.items() for place in routes[route].places(slot.index, one)]
         torch._foreach_copy_(places, [tensor for one in resident.values() for tensor in one.values()])
-        self._held[program.shape] = slot
+        self._held[name] = slot
         self._fillers.update(slot.routes)
         return slot
 
@@ -185,6 +189,10 @@ class Bank:
             raise BankFull(
                 f"All {self._n_slots} program slots are held by running requests: try again, or raise program_slots."
             )
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        """Free the slot of this name."""
         gone = self._held.pop(name)
         self._fillers.subtract(gone.routes)
         for route in gone.routes:

@@ -13,8 +13,10 @@ from steering.runtime.blocks import Blocks
 from steering.runtime.request import Request
 
 
-def check(request: Request, plant: Plant, max_model_len: int, max_batch: int, blocks: Blocks[Any]) -> None:
-    """Lengths, token ids, sites and widths.
+def check(
+    request: Request, plant: Plant, max_model_len: int, max_batch: int, blocks: Blocks[Any] | None = None
+) -> None:
+    """Lengths, token ids, sites and widths. `blocks` are those of an engine that can run twins.
 
     Raises PlantError if it is longer than a sequence may be or its program asks for a site that the model does not
     have, DimensionMismatch for laws of other widths, SpecError for token ids out of the vocabulary and for a twin that
@@ -49,8 +51,10 @@ def _check_program(program: Program, plant: Plant) -> None:
             raise DimensionMismatch(f"The law on {route} has widths {law.widths}: expected {widths}, the model's.")
 
 
-def _check_twin(request: Request, max_batch: int, blocks: Blocks[Any]) -> None:
+def _check_twin(request: Request, max_batch: int, blocks: Blocks[Any] | None) -> None:
     """A twin needs a place, and keys and values, of its own."""
+    if blocks is None:
+        raise SpecError("guard.max_kl", expected="null, since this engine runs no unsteered twin beside a request")
     if max_batch < 2:
         raise SpecError("guard.max_kl", expected="an engine with max_batch >= 2, for the unsteered twin")
     positions = len(request.prompt) + request.sampling.max_tokens

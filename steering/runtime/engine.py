@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 
 from kernels import warm
-from steering.errors import BankFull, QueueFull, SpecError
+from steering.errors import BankFull
 from steering.plant.plant import Plant
 from steering.runtime.bank import Bank
 from steering.runtime.blocks import Blocks
 from steering.runtime.cache import BLOCK
 from steering.runtime.checks import check, diverged, failed, n_rows
 from steering.runtime.compiled import Compiled
+from steering.runtime.desk import Desk, hand_over
 from steering.runtime.detokenize import end_tokens, text_decoder
 from steering.runtime.flights import Flight, following, launch
 from steering.runtime.graphs import Graphs
@@ -33,9 +33,10 @@ from steering.runtime.launches import Reading
 from steering.runtime.ledger import Ledger
 from steering.runtime.live import Deliver, Live
 from steering.runtime.outcome import Outcome
+from steering.runtime.parallel import Parts, lead
 from steering.runtime.prefix import Record, record, share
 from steering.runtime.receipt import Tally
-from steering.runtime.request import Event, Finished, LayerReading, Request
+from steering.runtime.request import Finished, LayerReading, Request
 from steering.runtime.runner import Runner
 from steering.runtime.sampler import Drawn
 from steering.runtime.scheduler import Batch, Scheduler, Segment, Sequence
@@ -44,25 +45,28 @@ from steering.runtime.settings import EngineSettings, Stats
 from steering.runtime.wiring import wire
 
 
-class Engine:
+class Engine(Desk):
     """Continuous batching of requests that are each steered in their own way.
 
     Raises SpecError if the cache does not fit in memory or `max_model_len` exceeds the model's context.
     """
 
     def __init__(self, plant: Plant, settings: EngineSettings | None = None) -> None:
+        settings = settings or EngineSettings()
+        super().__init__(settings)
         self.plant = plant
-        self.settings = settings = settings or EngineSettings()
-        shell, attention, self.max_model_len = wire(plant, settings)
+        on_gpu = plant.device.type == "cuda" and plant.crew is None
+        if plant.crew is not None:
+            parts = lead(plant, settings)
+        else:
+            shell, attention, longest = wire(plant, settings)
+            bank = Bank(settings.program_slots, plant.device)
+            has_graphs = on_gpu if settings.graphs is None else settings.graphs
+            graphs = Graphs(settings.max_batch, -(-longest // BLOCK), plant.device) if has_graphs else None
+            compiled = Compiled(plant, shell) if settings.compile else None
+            parts = Parts(Runner(plant, shell, attention, bank, graphs, compiled), bank, attention.pool, longest)
+        self._runner, self._bank, self._pool, self.max_model_len = parts
         """Positions a sequence may have: prompt and completion together."""
-        self._bank = Bank(settings.program_slots, plant.device)
-        self._pool = attention.pool
-        on_gpu = plant.device.type == "cuda"
-        has_graphs = on_gpu if settings.graphs is None else settings.graphs
-        width = -(-self.max_model_len // BLOCK)
-        graphs = Graphs(settings.max_batch, width, plant.device) if has_graphs else None
-        compiled = Compiled(plant, shell) if settings.compile else None
-        self._runner = Runner(plant, shell, attention, self._bank, graphs, compiled)
         self._looks_ahead = on_gpu if settings.pipeline is None else settings.pipeline
         self._flight: Flight | None = None
         self._blocks: Blocks[Record] = Blocks(self._pool.n_blocks, BLOCK)
@@ -71,17 +75,8 @@ class Engine:
 
         self._resolve = Resolver()
         self._ledger = Ledger()
-        self._live: dict[str, Live] = {}
         self._steerings: dict[str, Steering] = {}
-        self._counts: Counter[str] = Counter()
-        self._finished: Counter[str] = Counter()
         self._distinct = 0
-
-        self._wake = threading.Condition()
-        self._inbox: deque[Live] = deque()
-        self._aborts: deque[str] = deque()
-        self._outstanding: set[str] = set()
-        self._closing = False
         self._thread: threading.Thread | None = None
 
     # ── from any thread ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,32 +89,7 @@ class Engine:
         """
         check(request, self.plant, self.max_model_len, self.settings.max_batch, self._blocks)
         self._bank.prepare(request.program)
-        live = Live.of(Sequence(request, n_rows(request)), deliver, self._decode, self.eos)
-        with self._wake:
-            limit = self.settings.max_batch + self.settings.queue_limit
-            if self._closing or len(self._outstanding) >= limit:
-                self._counts["rejected"] += 1
-                raise QueueFull(
-                    "The server is shutting down: send the request to another one."
-                    if self._closing
-                    else f"All {limit} places are taken: try again in a moment."
-                )
-            if request.id in self._outstanding:
-                raise SpecError("id", expected="an id that no running request has", got=request.id)
-            self._outstanding.add(request.id)
-            self._inbox.append(live)
-            self._wake.notify_all()
-
-    def abort(self, request_id: str) -> None:
-        """End a request before the next step, with reason "abort". Does nothing if there is none of this id."""
-        with self._wake:
-            self._aborts.append(request_id)
-            self._wake.notify_all()
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether `stop` was called: no request is taken any more."""
-        return self._closing
+        self._queue(Live.of(Sequence(request, n_rows(request)), deliver, self._decode, self.eos))
 
     def start(self) -> None:
         """Run the steps on a thread of the engine's own, until `stop`; the kernels are compiled first."""
@@ -144,37 +114,6 @@ class Engine:
             self._thread.join()
             self._thread = None
 
-    def generate(self, requests: Iterable[Request]) -> list[Finished]:
-        """Run requests to their ends, in the order given; any number, whatever the queue's limit.
-
-        Drives the steps itself when no thread does. Raises what `submit` raises, QueueFull only when shutting down.
-        """
-        waiting, order = deque(requests), list[str]()
-        done: dict[str, Finished] = {}
-        arrived = threading.Condition()
-
-        def deliver(event: Event) -> None:
-            if isinstance(event, Finished):
-                with arrived:
-                    done[event.request_id] = event
-                    arrived.notify_all()
-
-        while waiting or len(done) < len(order):
-            while waiting and (self._closing or len(self._outstanding) < self.settings.max_batch):
-                try:
-                    self.submit(waiting[0], deliver)
-                except QueueFull:
-                    if self._closing:
-                        raise
-                    break  # others were quicker; their requests will make room
-                order.append(waiting.popleft().id)
-            if self._thread is None:
-                self.step()
-            else:
-                with arrived:
-                    arrived.wait(timeout=0.05)
-        return [done[request_id] for request_id in order]
-
     def stats(self) -> Stats:
         """A look at the engine, from any thread; figures of one moment, not of one step."""
         running = len(self._scheduler.running)
@@ -197,6 +136,12 @@ class Engine:
         )
 
     # ── on the engine's thread ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _drive(self) -> bool:
+        if self._thread is not None:
+            return False
+        self.step()
+        return True
 
     def step(self) -> bool:
         """One step: land the one in the air, or launch one and land it, with the next one launched in between if it
@@ -259,9 +204,7 @@ class Engine:
                     self._wake.wait()
 
     def _take_inbox(self) -> None:
-        with self._wake:
-            arrived, self._inbox = self._inbox, deque()
-            aborted, self._aborts = self._aborts, deque()
+        arrived, aborted = self._take()
         for live in arrived:
             self._live[live.request.id] = live
             self._scheduler.add(live.sequence)
@@ -371,7 +314,7 @@ class Engine:
         except Exception as error:
             self._finish(live.finished("error", error=failed(error)))
             return
-        if not self._hand_over(live, delta):
+        if not hand_over(live, delta):
             finished = live.finished("abort")
         if finished is not None:
             self._finish(finished)
@@ -421,25 +364,11 @@ class Engine:
         is_doubtful = finished.reason == "error" or (finished.reason == "abort" and not finished.tokens)
         spoilt = self._scheduler.remove(finished.request_id, is_spoilt=is_doubtful)
         if spoilt:
-            self._pool.clear(spoilt)
+            self._runner.erase(spoilt)
         if self._steerings.pop(finished.request_id, None) is not None:
             self._bank.release(live.request.program)
             self._distinct = distinct(self._steerings)
-        if live.tally is not None:
-            self._counts["saturated_tokens"] += live.tally.saturated
-        self._finished[finished.reason] += 1
-        with self._wake:
-            self._outstanding.discard(finished.request_id)
-            self._wake.notify_all()
-        self._hand_over(live, finished)
-
-    def _hand_over(self, live: Live, event: Event) -> bool:
-        """Deliver an event. False if the receiver failed, which is its request's own affair."""
-        try:
-            live.deliver(event)
-        except Exception:
-            return False
-        return True
+        self._leave(live, finished)
 
 
 def distinct(steerings: Mapping[str, Steering]) -> int:

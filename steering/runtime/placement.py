@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,37 @@ class Span:
     """None where all that it attends to is computed in this very step."""
 
 
+class Laid(NamedTuple):
+    """Where a step's tokens lie, on the host.
+
+    layout_3T: ids, positions and places in the pool. tables_NM: of each single token its row's blocks, and in the last
+    column its keys. spans: of each longer segment its start, length, offset, and the blocks up to its end, none where
+    all that it attends to is computed in this very step.
+    """
+
+    layout_3T: np.ndarray
+    tables_NM: np.ndarray
+    spans: tuple[tuple[int, int, int, list[int]], ...]
+
+    @classmethod
+    def of(cls, batch: Batch, size: int, *, is_known: bool = True) -> Laid:
+        """A packed batch in blocks of `size` positions; ids are 0 where the host does not know them yet."""
+        n = batch.n_decode
+        single, longer = batch.segments[:n], batch.segments[n:]
+        layout_3T = np.empty((3, batch.n_tokens), dtype=np.int64)
+        layout_3T[:, :n] = layout_of(single, size, is_known=is_known)
+        spans = []
+        for segment in longer:
+            at, end = slice(segment.offset, segment.offset + segment.length), segment.start + segment.length
+            layout_3T[0, at] = segment.sequence.tokens[segment.start : end]
+            layout_3T[1, at] = np.arange(segment.start, end)
+            layout_3T[2, at] = np.asarray(segment.table)[layout_3T[1, at] // size]
+            layout_3T[2, at] = layout_3T[2, at] * size + layout_3T[1, at] % size
+            blocks = segment.table[: -(-end // size)] if segment.start else []
+            spans.append((segment.start, segment.length, segment.offset, blocks))
+        return cls(layout_3T, tables_of(single, size), tuple(spans))
+
+
 @dataclass(slots=True)
 class Placement:
     """A step's tokens on the device; masks are made once per step and window."""
@@ -46,26 +77,16 @@ class Placement:
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch, size: int, device: torch.device, drawn_T: Tensor | None = None) -> Placement:
-        """The placement of a packed batch in blocks of `size` positions.
-
-        drawn_T: the ids of a batch of single tokens that the host does not know yet.
-        """
-        n = batch.n_decode
-        single, longer = batch.segments[:n], batch.segments[n:]
-        layout_3T = np.empty((3, batch.n_tokens), dtype=np.int64)
-        layout_3T[:, :n] = layout_of(single, size, is_known=drawn_T is None)
-        for segment in longer:
-            at = slice(segment.offset, segment.offset + segment.length)
-            layout_3T[0, at] = segment.sequence.tokens[segment.start : segment.start + segment.length]
-            layout_3T[1, at] = np.arange(segment.start, segment.start + segment.length)
-            layout_3T[2, at] = np.asarray(segment.table)[layout_3T[1, at] // size]
-            layout_3T[2, at] = layout_3T[2, at] * size + layout_3T[1, at] % size
-        ids_3T = upload(layout_3T, device)
-        table_NM, length_N = upload(tables_of(single, size), device).tensor_split([-1], dim=1)
+    def of(cls, laid: Laid, device: torch.device, drawn_T: Tensor | None = None) -> Placement:
+        """The placement of a step. drawn_T: the ids of its tokens, where they are on the device only."""
+        ids_3T = upload(laid.layout_3T, device)
+        table_NM, length_N = upload(laid.tables_NM, device).tensor_split([-1], dim=1)
         ids_T = ids_3T[0] if drawn_T is None else drawn_T
-        spans = tuple(_span(segment, size, device) for segment in longer)
-        return cls(ids_T, ids_3T[1], ids_3T[2], n, table_NM, length_N[:, 0], spans)
+        spans = tuple(
+            Span(start, length, offset, upload(blocks, device) if blocks else None)
+            for start, length, offset, blocks in laid.spans
+        )
+        return cls(ids_T, ids_3T[1], ids_3T[2], len(laid.tables_NM), table_NM, length_N[:, 0], spans)
 
     def span_mask(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive (length, start + length): causal behind a prefix of `start` positions."""
@@ -99,14 +120,6 @@ def tables_of(single: Sequence[Segment], size: int) -> np.ndarray:
         row[: segment.start // size + 1] = segment.table[: segment.start // size + 1]
         row[width] = segment.start + 1
     return tables
-
-
-def _span(segment: Segment, size: int, device: torch.device) -> Span:
-    if not segment.start:
-        return Span(0, segment.length, segment.offset, None)
-    end = segment.start + segment.length
-    blocks = upload(segment.table[: -(-end // size)], device)
-    return Span(segment.start, segment.length, segment.offset, blocks)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

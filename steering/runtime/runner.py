@@ -3,45 +3,31 @@
 All tokens of a step, whoever they belong to, run as one sequence (1, T) through unmodified modelling code; rows and
 masks are the attention's business, steering is that of the taps. A tap is installed when a program first needs its
 site and costs a dictionary look-up from then on; a batch without steering launches nothing.
-
-What a law reads: a law that writes the site it reads sees what the model and the edits made there, before any other
-route's control. A law that writes elsewhere sees its site as the model goes on with it, all controls there included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels import bind, feedback_, mask_, sparsify_, turn_
-from kernels.binding import Bound
 from steering.plant.plant import Plant
 from steering.runtime.attention import PagedAttention
 from steering.runtime.bank import Bank
 from steering.runtime.cache import BLOCK
 from steering.runtime.compiled import Compiled
 from steering.runtime.graphs import Graphs
-from steering.runtime.launches import Account, Launches, Shape, Visit, room_for, source
+from steering.runtime.launches import Account, Launches, Shape, room_for, source
 from steering.runtime.norms import Norms
-from steering.runtime.placement import Placement
+from steering.runtime.placement import Laid, Placement
 from steering.runtime.scheduler import Batch, Segment
 from steering.runtime.scope import Frame
 from steering.runtime.shortcuts import Shortcuts
 from steering.runtime.transfer import upload
-from steering.types import Form, Route, Site
-
-OPERATORS: Mapping[Form, Callable[..., None]] = {"law": feedback_, "mask": mask_, "turn": turn_, "sparse": sparsify_}
-RESIDENT: Mapping[Form, tuple[str, ...]] = {
-    "law": ("probe", "gain", "norm", "limit", "knee", "floor", "relative"),
-    "mask": ("scale", "shift", "low", "high", "channel"),
-    "turn": ("plane", "adaptive", "channel"),
-    "sparse": ("weight", "threshold", "count", "rest", "channel"),
-}
-"""What each operator takes of the bank, in its order."""
+from steering.runtime.visits import Visits
+from steering.types import Site
 
 
 class Output(NamedTuple):
@@ -80,9 +66,8 @@ class Runner:
         self._tapped: set[Site] = set()
         self._norms = Norms(plant, shell, waits=plant.device.type == "cuda")
         self._shortcuts = Shortcuts(plant, shell, attention.leave_out)
-        self._launches: Launches | None = None
+        self._visits = Visits(bank, self._norms)
         self._prepared: tuple[Frame, Launches] | None = None
-        self._states: dict[Site, Tensor] = {}
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, frame: Frame | None, drawn_T: Tensor | None = None) -> Output:
@@ -101,16 +86,26 @@ class Runner:
             if keep != list(range(len(logits_KV))):
                 logits_KV = logits_KV.index_select(0, upload(keep, self._device, torch.int64))
         else:
-            place = Placement.of(batch, BLOCK, self._device, drawn_T)
-            work = None if frame is None else self._prepare(frame)
-            logits_KV = self._run(place, work, upload(keep, self._device, torch.int64))
+            work, logits_KV = self.forward(Laid.of(batch, BLOCK, is_known=drawn_T is None), frame, keep, drawn_T)
         account = None if frame is None or work is None else work.account(frame)
         return Output(sampled, logits_KV[: len(sampled)], judged, logits_KV[len(sampled) :], account)
+
+    def forward(
+        self, laid: Laid, frame: Frame | None, keep: Sequence[int], drawn_T: Tensor | None = None
+    ) -> tuple[Launches | None, Tensor]:
+        """The frame's tensors, and the logits of the tokens `keep` of a step that is laid out."""
+        place = Placement.of(laid, self._device, drawn_T)
+        work = None if frame is None else self._prepare(frame)
+        return work, self._run(place, work, upload(keep, self._device, torch.int64))
+
+    def erase(self, blocks: Sequence[int]) -> None:
+        """Zero blocks of the pool whose sequence was spoilt."""
+        self._attention.pool.clear(blocks)
 
     def _run(self, place: Placement, work: Launches | None, keep_K: Tensor | None) -> Tensor:
         """The forward pass: logits (K, V) of the tokens of `keep_K`, None for all."""
         self._attention.place = place
-        self._launches = work
+        self._visits.work = work
         if work is not None:
             work.clear()
             self._shortcuts.blank, self._shortcuts.sparse = work.shape.blank, work.shape.sparse
@@ -123,10 +118,9 @@ class Runner:
             ).logits[0]
             self._norms.settle()
         finally:
-            self._launches = None
+            self._visits.end()
             self._norms.drop()
             self._shortcuts.blank = self._shortcuts.sparse = frozenset()
-            self._states.clear()
         return logits_KV
 
     def _prepare(self, frame: Frame) -> Launches:
@@ -165,71 +159,11 @@ class Runner:
         if self._compiled is not None:
             self._compiled.leave_out(site)
         if site.tap == "resid_post":  # where every law of A-LQR's kind writes: worth the cheaper way
-            self._plant.build_in(self._shell, site.layer, self._visit(site))
+            self._plant.build_in(self._shell, site.layer, self._look(site))
         else:
-            self._plant.tap(self._shell, site, self._visit(site))
+            self._plant.tap(self._shell, site, self._look(site))
         self._tapped.add(site)
 
-    def _visit(self, site: Site) -> Callable[[Tensor], Tensor | None]:
-        """The tap of a site: launch the laws that write it, keep it for those that read it later."""
-        # What a module reads may be the residual itself (OLMo-2), which must not change with it.
-        is_input = site.tap in ("attn_in", "mlp_in")
-
-        def visit(state: Tensor) -> Tensor | None:
-            work = self._launches
-            if work is None:
-                return None
-            if (todo := work.visits.get(site)) is None:
-                todo = work.visits[site] = self._plan(work, site)
-            runs, names, gates = todo
-            if runs or gates is not None:
-                self._norms.flush()
-            elif not names:
-                return None
-            changed = state.clone() if runs and is_input else state
-            rows_TD = changed.select(0, 0)
-            if gates is not None:
-                gates.measure(site, rows_TD, work.knobs_TP3R[:, :, 1])
-            for run, read in runs:
-                run(rows_TD, rows_TD if read is None else self._states[read])
-            for name in names:
-                self._states[name] = rows_TD
-            return None if changed is state else changed
-
-        return visit
-
-    def _plan(self, work: Launches, site: Site) -> Visit:
-        """What a step does at a site. Found out once for all steps that share their tensors."""
-        runs: list[tuple[Bound, Site | None]] = []
-        for p, w, route in work.writes.get(site, ()):
-            if route.form == "mask" and site in work.shape.blank:
-                run: Bound = partial(self._account_blank, work, p, w, route)
-            else:
-                run = self._bind(work, p, w, route)
-            runs.append((run, None if route.read == site else route.read))
-        gates = work.gates if work.gates is not None and site in work.gates.rows else None
-        return Visit(tuple(runs), tuple(work.kept.get(site, ())), gates)
-
-    def _bind(self, work: Launches, p: int, w: int, route: Route) -> Bound:
-        """A route's operator with the bank, the knobs and the account of a frame."""
-        own = self._bank.routes[route]
-        knobs_T3R, measured_TR = work.knobs_TP3R[:, p], work.measured_TPR[:, p]
-        if route.form == "law":  # knobs are as wide as the widest program, a route as its own laws
-            own_R = slice(own["probe"].shape[1])
-            knobs_T3R, measured_TR = knobs_T3R[:, :, own_R], measured_TR[:, own_R]
-        setpoint_TR, strength_TR, cap_TR = knobs_T3R.unbind(1)
-        account = [work.budget_T, work.spent_T, measured_TR, work.effort_WT[w], work.saturated_T]
-        resident = [own[name] for name in RESIDENT[route.form]]
-        knobs = [setpoint_TR, strength_TR, cap_TR] if route.form in ("law", "turn") else [strength_TR, cap_TR]
-        arguments = (work.slot_PT[p], *resident, *knobs, *account)
-        run = bind(OPERATORS[route.form], *arguments)
-        is_last = route.form == "law" and work.writes[route.write][-1] == (p, w, route)
-        return self._norms.fused(route.write, run, *arguments) if is_last else run
-
-    def _account_blank(self, work: Launches, p: int, w: int, route: Route, *_: Tensor) -> None:
-        """What the kernel would have measured of a mask that leaves nothing, had there been something: ρ = 1."""
-        channel_T1 = self._bank.routes[route]["channel"][work.slot_PT[p].long()][:, :1]
-        channel_T1 = channel_T1.clamp_min(0)  # that of a token without a program, which only fills a batch up
-        work.measured_TPR[:, p].scatter_(1, channel_T1.long(), 1.0)
-        work.effort_WT[w].add_(1.0)
-        work.spent_T.add_(1.0)
+    def _look(self, site: Site) -> Callable[[Tensor], Tensor | None]:
+        """The tap of a site."""
+        return self._visits.visit(site)

@@ -45,7 +45,7 @@ def wire(plant: Plant, settings: EngineSettings) -> Wired:
             settings.max_model_len,
             steady_context(plant),
             per_position,
-            free_bytes(plant.device),
+            _room(plant),
         )
         pool = KVPool(shapes, n_blocks, probe.dtype, plant.device)
     except BaseException:
@@ -55,6 +55,14 @@ def wire(plant: Plant, settings: EngineSettings) -> Wired:
     register(name, attention)
     weakref.finalize(shell, unregister, name)
     return Wired(shell, attention, max_model_len)
+
+
+def _room(plant: Plant) -> int:
+    """Memory that a pool may be made of: where several processes share the model, as much as each of them has."""
+    free = free_bytes(plant.device)
+    if plant.group is None:
+        return free
+    return plant.group.least(free if plant.device.type == "cuda" else free // plant.group.size)
 
 
 def steady_context(plant: Plant) -> int:

@@ -23,8 +23,8 @@ from steering.fit.concept import FitSettings, fit_concept
 from steering.plant import quantised
 from steering.plant.fingerprint import stored_fingerprint
 from steering.plant.jacobian import Linearisation
+from steering.plant.loading import weight_files as files_of
 from steering.plant.plant import Plant
-from steering.plant.plant import _files as files_of
 from steering.plant.quantised import SCHEMES, as_numbers, is_quantised, quantised_maps
 from steering.types import Site
 from tests.plants import prompts, tiny, tiny_config, tiny_tokenizer
@@ -208,7 +208,7 @@ def test_the_files_of_a_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch
         files_of(str(tmp_path), None)
     index = {"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    monkeypatch.setattr("steering.plant.plant.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("steering.plant.loading.snapshot_download", lambda *_, **__: str(tmp_path))
     assert files_of("some/model", "main") == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
 
 

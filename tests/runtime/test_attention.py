@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steering.runtime.attention import PagedAttention
 from steering.runtime.cache import BLOCK, KVPool, KVShape
-from steering.runtime.placement import Placement
+from steering.runtime.placement import Laid, Placement
 from steering.runtime.request import Request
 from steering.runtime.scheduler import Batch, Sequence
 
@@ -63,7 +63,7 @@ def test_equals_the_formula(pieces: list[tuple[int, int]], window: int | None, c
     query = torch.randn(1, KV * GROUP, batch.n_tokens, WIDTH, generator=generator)
     key, value = (torch.randn(1, KV, batch.n_tokens, WIDTH, generator=generator) for _ in range(2))
     attention = PagedAttention(pool)
-    attention.place = Placement.of(batch, BLOCK, CPU)
+    attention.place = Placement.of(Laid.of(batch, BLOCK), CPU)
     assert attention.place.ids_T.tolist() == [s.start + j for s in batch.segments for j in range(s.length)]
     out, _ = attention(
         SimpleNamespace(layer_idx=0),
