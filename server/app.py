@@ -54,12 +54,19 @@ BODIES = (
     FitRequest,
     SweepRequest,
 )
+PARTS = (chat, completions, generate, models, steering, artifacts, presets, capture, health, metrics, jobs)
 _REFS = "#/components/schemas/{model}"
 
 
-def create_app(settings: ServerSettings | None = None, host: Host | None = None, *, loads: bool = True) -> FastAPI:
+def create_app(
+    settings: ServerSettings | None = None,
+    host: Host | None = None,
+    *,
+    service: Service | None = None,
+    loads: bool = True,
+) -> FastAPI:
     """The application. Without `host` the model of `settings` is loaded before the first request; with `loads=False`
-    the caller loads the service, and requests get a 503 until then.
+    the caller loads the service, its own where it gives one, and requests get a 503 until then.
 
     `uvicorn --factory server:create_app` works too: the settings then come from `SETPOINT_…` variables.
     """
@@ -68,9 +75,9 @@ def create_app(settings: ServerSettings | None = None, host: Host | None = None,
         title="Setpoint", version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.settings = settings
-    app.state.service = Service(settings, host)
+    app.state.service = service or Service(settings, host)
     app.state.loads = loads
-    for part in (chat, completions, generate, models, steering, artifacts, presets, capture, health, metrics, jobs):
+    for part in PARTS:
         app.include_router(part.router)
     access = Access(settings.api_key, settings.admin_key, settings.is_local_only)
     told = app.state.service.metrics.answered

@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from server.metrics import Metrics, Watch
 from server.schema.errors import ApiError, from_steering
-from steering import Delta, Diverged, Engine, Finished, Request, SpecError, SteeringError
+from steering import AnyEngine, Delta, Diverged, Finished, Request, SpecError, SteeringError
 
 
 class Generation:
@@ -21,7 +21,7 @@ class Generation:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], done: Callable[[Generation], None], metrics: Metrics
+        self, engine: AnyEngine, requests: Sequence[Request], done: Callable[[Generation], None], metrics: Metrics
     ) -> None:
         self._engine = engine
         self._watches = [Watch(metrics) for _ in requests]

@@ -22,6 +22,7 @@ from server.schema.errors import ApiError
 from server.settings import ServerSettings
 from server.tokens import TokenTable
 from steering import (
+    AnyEngine,
     Artifact,
     ArtifactCorrupt,
     ArtifactNotFound,
@@ -33,10 +34,14 @@ from steering import (
     Sampling,
     Shelf,
     SpecError,
+    SteeringError,
     Store,
+    VllmEngine,
+    VllmSettings,
     echo,
 )
 from steering.demo import CONCEPTS, MODEL, MODEL_ID
+from steering.folder import Health
 from steering.formats.gguf import Target
 
 State = Literal["loading", "ready", "draining"]
@@ -44,18 +49,40 @@ READERS = 2
 """Captures and traces that run at a time: each is a forward pass with all its states in memory, and a thread."""
 
 
-def open_store(folder: Path) -> Store:
-    """The store in `folder`, over the concepts that ship with the embedded model."""
-    return Store(folder, builtin=CONCEPTS)
+def open_store(where: Path | str) -> Store:
+    """The store in a folder or at a URL, over the concepts that ship with the embedded model. Raises SpecError."""
+    return Store(where, builtin=CONCEPTS)
 
 
-def load_plant(model: str | None, device: str = "auto", dtype: str = "auto", quantization: str = "none") -> Plant:
+def load_plant(
+    model: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "none",
+    tensor_parallel: int = 1,
+) -> Plant:
     """The model of a folder or hub id, the embedded one for None. `auto` takes a GPU where there is one.
 
     Raises PlantError.
     """
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return Plant.load(model or MODEL, device=where, dtype=dtype, quantization=quantization)
+    given: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "tensor_parallel": tensor_parallel}
+    return Plant.load(model or MODEL, device=where, **given)
+
+
+def start_vllm(settings: ServerSettings, sizes: dict[str, Any]) -> tuple[Plant, VllmEngine]:
+    """The vLLM engine, and the plant beside it: on the CPU unless `device` says otherwise, and never quantised, so that
+    what is fitted there is fitted on the checkpoint. Raises SteeringError."""
+    VllmEngine.require()
+    chosen = VllmSettings(
+        **sizes,
+        model_impl=settings.model_impl,
+        tensor_parallel=settings.tensor_parallel,
+        quantization=settings.quantization,
+    )
+    device = "cpu" if settings.device == "auto" else settings.device
+    plant = load_plant(settings.model, device, settings.dtype)
+    return plant, VllmEngine(plant, chosen)
 
 
 def served_name(model: str | None) -> str:
@@ -109,7 +136,7 @@ class Host:
     """One model, ready to generate."""
 
     plant: Plant
-    engine: Engine
+    engine: AnyEngine
     store: Store
     model_id: str
     created: int = field(default_factory=lambda: int(time.time()))
@@ -117,21 +144,28 @@ class Host:
     @classmethod
     def load(cls, settings: ServerSettings) -> Host:
         """Load the model, start its engine and run one token through it. Raises SteeringError."""
-        plant = load_plant(settings.model, settings.device, settings.dtype, settings.quantization)
-        _ = plant.massive  # looked for now: no request waits for it
+        store = open_store(settings.store_place)
+        store.place.look("default.json")  # whether it can be reached: before minutes of loading
         name = settings.served_model_name or served_name(settings.model)
-        sizes = EngineSettings(
-            max_batch=settings.max_batch,
-            max_model_len=settings.max_model_len,
-            kv_tokens=settings.kv_tokens,
-            prefix_cache=settings.prefix_cache,
-            compile=settings.compile,
-            queue_limit=settings.queue_limit,
-        )
-        engine = Engine(plant, sizes)
+        sizes = {
+            "max_batch": settings.max_batch,
+            "max_model_len": settings.max_model_len,
+            "kv_tokens": settings.kv_tokens,
+            "prefix_cache": settings.prefix_cache,
+            "compile": settings.compile,
+            "queue_limit": settings.queue_limit,
+        }
+        engine: AnyEngine
+        if settings.engine == "vllm":
+            plant, engine = start_vllm(settings, sizes)
+        else:
+            how = settings.device, settings.dtype, settings.quantization, settings.tensor_parallel
+            plant = load_plant(settings.model, *how)
+            engine = Engine(plant, EngineSettings(**sizes))
+        _ = plant.massive  # looked for now: no request waits for it
         engine.generate([Request("warm-up", (0,), Sampling(max_tokens=1))])
         engine.start()
-        return cls(plant, engine, open_store(settings.store_folder), name)
+        return cls(plant, engine, store, name)
 
     @property
     def context(self) -> int:
@@ -172,7 +206,7 @@ class Host:
     @cached_property
     def presets(self) -> Presets:
         """The saved steering objects."""
-        return Presets(self.store.folder)
+        return Presets(self.store.place)
 
     @cached_property
     def target(self) -> Target:
@@ -216,6 +250,8 @@ class Service:
         self.metrics = Metrics(lambda: None if self.host is None else self.host.engine)
         self.jobs = Jobs()
         self.metrics.watch_jobs(self.jobs)
+        self.metrics.watch_readiness(lambda: self.state == "ready")
+        self.metrics.watch_store(lambda: Health() if self.host is None else self.host.store.place.health)
         self.readers = asyncio.Semaphore(READERS)
         self._running: set[Generation] = set()
 
@@ -249,12 +285,21 @@ class Service:
         """Load the host in a thread. Raises SteeringError."""
         if self.host is None:
             self.host = await asyncio.to_thread(self._load)
+            self.when_lost(lambda error: setattr(self, "is_draining", True))
+
+    def when_lost(self, call: Callable[[SteeringError], None]) -> None:
+        """Call with the reason, from another thread, when the processes that share the model are no longer together."""
+        if self.host is not None and (crew := self.host.plant.crew) is not None:
+            crew.on_loss(call)
 
     def _load(self) -> Host:
-        """The host, over a store without the halves of files that a killed process left."""
-        if swept := open_store(self.settings.store_folder).sweep():
-            logging.getLogger("setpoint").warning("swept", extra={"fields": {"files": len(swept)}})
+        self.sweep()
         return Host.load(self.settings)
+
+    def sweep(self) -> None:
+        """Take the halves of files that a killed process left out of the store."""
+        if swept := open_store(self.settings.store_place).sweep():
+            logging.getLogger("setpoint").warning("swept", extra={"fields": {"files": len(swept)}})
 
     async def drain(self, wait: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, cancel the jobs, let requests that run finish within `drain_seconds`, abort the rest.
@@ -278,3 +323,4 @@ class Service:
         await asyncio.to_thread(self.jobs.close)
         if self.host is not None:
             await asyncio.to_thread(self.host.engine.stop, 0.0)
+            await asyncio.to_thread(self.host.plant.close)

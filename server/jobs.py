@@ -121,6 +121,7 @@ class Jobs:
         self.on_finished: list[Callable[[Kind, State, float], None]] = []
         """Called at each job's end with its kind, its final state and the seconds it ran."""
         self._jobs: dict[str, Job] = {}
+        self._watchers: list[Callable[[Json], None]] = []
         self._queue: deque[Job] = deque()
         self._ended: Counter[State] = Counter()
         self._change = threading.Condition(threading.RLock())
@@ -151,6 +152,7 @@ class Jobs:
             job = Job(task, self._publish)
             self._jobs[job.id] = job
             self._queue.append(job)
+            self._publish(job)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="setpoint-jobs", daemon=True)
                 self._worker.start()
@@ -234,6 +236,25 @@ class Jobs:
             with self._change:
                 job.watchers.remove(tell)
 
+    async def watch_all(self) -> AsyncIterator[Json]:
+        """Every job as it is now, then every change of any."""
+        loop, changes = asyncio.get_running_loop(), asyncio.Queue[Json]()
+
+        def tell(document: Json) -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(changes.put_nowait, document)
+
+        with self._change:
+            for job in self.all():
+                tell(job.to_json())
+            self._watchers.append(tell)
+        try:
+            while True:
+                yield await changes.get()
+        finally:
+            with self._change:
+                self._watchers.remove(tell)
+
     # ── on the worker's thread ───────────────────────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
@@ -266,7 +287,7 @@ class Jobs:
     def _publish(self, job: Job) -> None:
         with self._change:
             document = job.to_json()
-            for watcher in tuple(job.watchers):
+            for watcher in (*job.watchers, *self._watchers):
                 watcher(document)
 
     def _end(self, job: Job, state: State) -> None:
@@ -281,7 +302,7 @@ class Jobs:
                 del self._jobs[id_]
             self._publish(job)
             # What the work held, a fit its examples, is not kept with what is remembered.
-            job.task = Task(job.task.kind, job.task.name, _over)
+            job.task = Task(job.task.kind, job.task.name, elsewhere)
         seconds = 0.0 if job.started is None else job.finished - job.started
         fields = {"job": job.id, "kind": job.task.kind, "name": job.task.name, "state": state}
         code = {} if job.error is None else {"error": job.error["code"]}
@@ -290,7 +311,8 @@ class Jobs:
             told(job.task.kind, state, seconds)
 
 
-def _over(_: Job) -> Done:
+def elsewhere(_: Job) -> Done:
+    """The work of a job that is over, or runs in another process."""
     raise AssertionError("a job runs once")
 
 

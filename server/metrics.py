@@ -17,7 +17,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from steering import Delta, Engine, Finished, __version__
+from steering import AnyEngine, Delta, Finished, __version__
+from steering.folder import Health
 
 if TYPE_CHECKING:
     from server.jobs import Jobs
@@ -66,7 +67,7 @@ class _Registry(CollectorRegistry):
 class _EngineCollector(Collector):
     """The engine's own figures, read at each scrape; zeros before there is an engine, so that no series is late."""
 
-    def __init__(self, engine: Callable[[], Engine | None]) -> None:
+    def __init__(self, engine: Callable[[], AnyEngine | None]) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -89,15 +90,33 @@ class _EngineCollector(Collector):
         yield lost
 
 
+class _StoreCollector(Collector):
+    """How the place of the store is doing, read at each scrape; well, before there is a store."""
+
+    def __init__(self) -> None:
+        self.health: Callable[[], Health] = Health
+
+    def collect(self) -> Iterator[Metric]:
+        """One look at it."""
+        health = self.health()
+        text = "1 while the place of the store answers, 0 while reading goes on from this machine's copy."
+        yield GaugeMetricFamily(f"{PREFIX}_store_reachable", text, value=float(health.is_reachable))
+        text = "Times that the place of the store did not answer, or did not take a file."
+        yield CounterMetricFamily(f"{PREFIX}_store_failures", text, value=health.failures)
+
+
 class Metrics:
     """One application's metrics, in a registry of its own. `engine` gives the engine once there is one."""
 
-    def __init__(self, engine: Callable[[], Engine | None]) -> None:
+    def __init__(self, engine: Callable[[], AnyEngine | None]) -> None:
         self.registry = _Registry()
         self.registry.register(_EngineCollector(engine))
+        self._store = _StoreCollector()
+        self.registry.register(self._store)
         ProcessCollector(namespace=PREFIX, registry=self.registry)
         self._info = self._gauge("build_info", "1, labelled with the version that runs.", ["version"])
         self._info.labels(__version__).set(1)
+        self._ready = self._gauge("ready", "1 while requests are served, 0 while loading and while draining.", [])
         self._rejections = self._counter("admission_rejections", "Calls turned away, by the error's code.", ["reason"])
         for reason in REJECTIONS:
             self._rejections.labels(reason)
@@ -125,6 +144,14 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, buckets=buckets, registry=self.registry)
+
+    def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Report what `/health/ready` would answer now; until this is called it is not ready."""
+        self._ready.set_function(lambda: float(is_ready()))
+
+    def watch_store(self, health: Callable[[], Health]) -> None:
+        """Report how the place of the store is doing."""
+        self._store.health = health
 
     def watch_jobs(self, jobs: Jobs) -> None:
         """Report these jobs: how many are in each state, and how long each fit took."""

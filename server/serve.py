@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
+from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -18,12 +21,19 @@ from server.host import Service
 from server.listen import url
 from server.middleware import log_to_stderr
 from server.settings import ServerSettings
+from steering import SteeringError
 
 
 def serve(settings: ServerSettings, listener: socket.socket) -> None:
     """Serve on a bound socket until a signal ends it. Raises what loading the model raises."""
     log_to_stderr()
-    app = create_app(settings, loads=False)
+    if settings.is_replicated:
+        from server.replicas.fleet import RayFleet
+        from server.replicas.portal import gateway
+
+        app = gateway(settings, RayFleet(settings))
+    else:
+        app = create_app(settings, loads=False)
     # h11 bounds a request's headers; httptools, which uvicorn would take where it is installed, does not.
     parser: dict[str, Any] = {"http": "h11", "ws": "none", "server_header": False}
     config = uvicorn.Config(
@@ -39,6 +49,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._out = sys.stdout  # as it is now: a library may print later, and that goes elsewhere
         self._signals = 0
         self._signalled = asyncio.Event()
 
@@ -52,14 +63,17 @@ class _Server(uvicorn.Server):
         serving = asyncio.ensure_future(self.serve(sockets=[listener]))
         loading = asyncio.ensure_future(self._load(address))
         signalled = asyncio.ensure_future(self._signalled.wait())
+        lost: asyncio.Future[SteeringError] = asyncio.get_running_loop().create_future()
         failure: BaseException | None = None
         try:
             await asyncio.wait((serving, loading, signalled), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 failure = loading.exception()
             if failure is None and not serving.done():
-                await asyncio.wait((serving, signalled), return_when=asyncio.FIRST_COMPLETED)
-                await self._service.drain(lambda: self._signals > 1)
+                self._service.when_lost(partial(_tell, asyncio.get_running_loop(), lost))
+                await asyncio.wait((serving, signalled, lost), return_when=asyncio.FIRST_COMPLETED)
+                await self._service.drain(lambda: self._signals > 1 or lost.done())
+                failure = lost.result() if lost.done() else None
         finally:
             self.should_exit = True
             await serving
@@ -73,4 +87,15 @@ class _Server(uvicorn.Server):
         await self._service.load()
         while not self.started:
             await asyncio.sleep(0.01)
-        print(f"ready {address}", flush=True)
+        print(f"ready {address}", flush=True, file=self._out)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, lost: asyncio.Future[SteeringError], error: SteeringError) -> None:
+    """Have the event loop know of a loss that another thread found."""
+
+    def set_() -> None:
+        if not lost.done():
+            lost.set_result(error)
+
+    with suppress(RuntimeError):  # it has ended
+        loop.call_soon_threadsafe(set_)

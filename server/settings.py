@@ -6,17 +6,22 @@ import ipaddress
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from steering import SpecError
 
 ENV_PREFIX = "SETPOINT_"
 
 
-def default_store() -> Path:
+def located(text: str) -> Path | str:
+    """A store as it is named: a URL stays one, all else is a folder."""
+    return text if "://" in text else Path(text)
+
+
+def default_store() -> Path | str:
     """$SETPOINT_STORE, else the platform's folder for user data."""
     if chosen := os.environ.get(f"{ENV_PREFIX}STORE"):
-        return Path(chosen)
+        return located(chosen)
     if os.name == "nt":
         base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local"))
     else:
@@ -35,8 +40,13 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free port."""
+    engine: Literal["native", "vllm"] = "native"
+    """What generates: Setpoint's own engine, or vLLM."""
+    model_impl: Literal["auto", "vllm", "transformers"] = "auto"
+    """Whose modelling code the vLLM engine runs; transformers' has every site that can be steered."""
     device: str = "auto"
-    """A torch device; `auto` takes a GPU where there is one."""
+    """A torch device; `auto` takes a GPU where there is one. With the vLLM engine, which finds its devices itself, that
+    of the model beside it: for fits, traces and captures; `auto` is the CPU."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16."""
     max_batch: int = 32
@@ -58,8 +68,8 @@ class ServerSettings:
     """Required as a bearer token by calls that write, when set; it reads and generates as well."""
     insecure: bool = False
     """Allow a host that others can reach without an API key, and any name of this machine in the Host header."""
-    store: Path | None = None
-    """Folder of the artifacts; None: `default_store()`."""
+    store: Path | str | None = None
+    """Folder of the artifacts, or the URL of one that several servers share; None: `default_store()`."""
     drain_seconds: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     body_limit: int = 2**20
@@ -69,9 +79,13 @@ class ServerSettings:
     upload_limit: int = 2**28
     """Largest artifact that may be uploaded, in bytes."""
     replicas: int = 1
-    """Copies of the model; this version runs one."""
+    """Copies of the model that answer, each a process of its own behind one gateway where there are several."""
+    max_replicas: int | None = None
+    """Copies that may be started when `replicas` are busy; None: no more."""
+    ray_address: str | None = None
+    """The Ray cluster that runs the copies, HOST:PORT or auto; None: processes of this machine."""
     tensor_parallel: int = 1
-    """Devices that share the model; this version uses one."""
+    """Devices that share the model, each with a process of its own where there are several."""
     quantization: str = "none"
     """none, int8, int8-dynamic, fp8, nf4 or int8-outliers: how the linear maps are quantized while they are loaded."""
 
@@ -85,15 +99,21 @@ class ServerSettings:
         for name in ("max_model_len", "kv_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise SpecError(name, expected="an integer >= 1", got=value)
+        self._check_engine()
         for name in ("api_key", "admin_key"):
             key = getattr(self, name)
             if key is not None and not key.strip():
                 raise SpecError(name, expected="a key that is not empty", advice="leave it out to serve without one")
-        for name, only in (("replicas", 1), ("tensor_parallel", 1)):
-            if getattr(self, name) != only:
-                raise SpecError(
-                    name, expected=f"{only}", got=getattr(self, name), advice="anything else is not in this version"
-                )
+        self._check_replicas()
+        if self.tensor_parallel < 1:
+            raise SpecError("tensor_parallel", expected="an integer >= 1", got=self.tensor_parallel)
+        if self.tensor_parallel > 1 and self.is_replicated and self.engine == "native":
+            raise SpecError(
+                "tensor_parallel",
+                expected="1 with replicas",
+                got=self.tensor_parallel,
+                advice="start a server for each group of devices, and a load balancer before them",
+            )
         if not (self.is_loopback or self.api_key or self.insecure):
             raise SpecError(
                 "host",
@@ -101,6 +121,42 @@ class ServerSettings:
                 got=self.host,
                 advice="set --api-key, or --insecure to serve anyone who can reach this machine",
             )
+
+    def _check_engine(self) -> None:
+        """Raises SpecError for an engine that there is not, and for what the one chosen does not have."""
+        hints = get_type_hints(type(self))
+        for name in ("engine", "model_impl"):
+            if (value := getattr(self, name)) not in (names := get_args(hints[name])):
+                raise SpecError(name, expected=" or ".join(names), got=value)
+        if self.engine == "native" and self.model_impl != "auto":
+            raise SpecError("model_impl", expected="auto where the engine is native", got=self.model_impl)
+
+    def _check_replicas(self) -> None:
+        if self.replicas < 1:
+            raise SpecError("replicas", expected="an integer >= 1", got=self.replicas)
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise SpecError("max_replicas", expected=f"at least the {self.replicas} replicas", got=self.max_replicas)
+        if self.ray_address is not None and "://" in self.ray_address:
+            raise SpecError(
+                "ray_address",
+                expected="HOST:PORT or auto",
+                got=self.ray_address,
+                advice="start this on a node of Ray's",
+            )
+        if self.is_replicated and self.device.startswith("cuda:"):
+            raise SpecError(
+                "device", expected="cuda, auto or cpu with replicas, which share the GPUs out", got=self.device
+            )
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether a gateway stands in front of copies of the model."""
+        return self.replicas > 1 or self.max_replicas is not None or self.ray_address is not None
+
+    @property
+    def most_replicas(self) -> int:
+        """Copies that answer, at most."""
+        return self.max_replicas or self.replicas
 
     @property
     def is_loopback(self) -> bool:
@@ -116,8 +172,8 @@ class ServerSettings:
         return self.is_loopback and not self.api_key and not self.insecure
 
     @property
-    def store_folder(self) -> Path:
-        """The folder of the artifacts."""
+    def store_place(self) -> Path | str:
+        """The folder of the artifacts, or its URL."""
         return self.store or default_store()
 
     @classmethod
@@ -143,7 +199,7 @@ def _parsed(name: str, text: str, hint: object) -> object:
             if "int" in named
             else float(text)
             if "float" in named
-            else Path(text)
+            else located(text)
             if "Path" in named
             else text
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -10,20 +11,26 @@ from server.background import Pace, own_stream
 from server.host import Host
 from server.jobs import Done, Job, Task
 from server.schema.jobs import FitRequest, SweepRequest, plain
-from steering import FitSettings, Scope, SpecError, SteeringError, fit_concept
+from steering import Artifact, FitSettings, Scope, SpecError, SteeringError, fit_concept
 from steering.artifact import checked_name
 from steering.demo.contrast import prompts as held_out
 from steering.demo.judges import JUDGES, Judge
+from steering.errors import StoreUnwritable
 from steering.evaluation import Sweep, run_sweep
 from steering.fit import Example, warning
 from steering.fit.plans import checked_rows, fit_plan, plan_warning, settings_of
 
 SWEEP_PROMPTS = 32
 """Held-out prompts of a sweep that names none."""
+SAVING = 600.0
+"""Seconds for which a fit that is done waits for a store that does not take it."""
+SAVE_AGAIN = 5.0
+"""Seconds between two attempts."""
 
 
 def fit_task(body: FitRequest, host: Host) -> Task:
     """The fit of one concept or plan. Raises SteeringError that names the field or the row."""
+    host.plant.require_whole()
     host.store.require_own(checked_name(body.name))
     settings = _settings(body, host)
     given = [plain(row) for row in body.positive], [plain(row) for row in body.negative]
@@ -56,13 +63,30 @@ def _fit(host: Host, name: str, examples: tuple[list[Example], list[Example]], s
             plan = fit_plan(host.plant, name, *examples, settings, job.report, pace)
             artifact, quality, doubt = plan.artifact(), plan.quality, plan_warning(plan.quality)
     result: Json = {"fingerprint": artifact.fingerprint, "quality": dict(quality), "warning": doubt}
-    job.report("saving", 1.0)  # the last moment at which the job can be cancelled
-    host.store.save(artifact)
+    _keep(host, artifact, job)
     return Done(name, result)
+
+
+def _keep(host: Host, artifact: Artifact, job: Job) -> None:
+    """Save what was fitted; where the store does not take it try again for `SAVING` seconds, or the work would be lost.
+    Raises StoreUnwritable, and Cancelled up to the first moment of each attempt."""
+    deadline = time.monotonic() + SAVING
+    job.report("saving", 1.0)
+    while True:
+        try:
+            host.store.save(artifact)
+            return
+        except StoreUnwritable:
+            if time.monotonic() > deadline:
+                raise
+        job.report("waiting for the store", 1.0)
+        job.stop.wait(SAVE_AGAIN)
+        job.report("waiting for the store", 1.0)
 
 
 def sweep_task(body: SweepRequest, host: Host) -> Task:
     """A dose–response curve of one concept. Raises SteeringError that names the field."""
+    host.plant.require_whole()
     host.shelf.concept(body.concept)
     is_ready = _is_ready(host, body.concept)
     name = body.judge or (body.concept if is_ready else None)
@@ -104,7 +128,7 @@ def _is_ready(host: Host, concept: str) -> bool:
     """Whether `concept` is one that ships with the model that is served: it has a judge and held-out prompts."""
     return any(
         entry.name == concept and entry.builtin and entry.model == host.plant.fingerprint
-        for entry in host.store.entries()
+        for entry in host.store.entries(here=True)
     )
 
 

@@ -22,7 +22,7 @@ from server.cli.common import (
     print_table,
     quietly,
     short,
-    store_folder,
+    store_place,
 )
 
 if TYPE_CHECKING:
@@ -33,11 +33,10 @@ app = typer.Typer(help="The store of fitted concepts.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="Name of an artifact.", show_default=False)]
 
 
-def _store(folder: Path | None) -> Store:
-    from steering import Store
-    from steering.demo import CONCEPTS
+def _store(where: str | None) -> Store:
+    from server.host import open_store
 
-    return Store(store_folder(folder), builtin=CONCEPTS)
+    return open_store(store_place(where))
 
 
 @app.command("list")
@@ -287,11 +286,8 @@ def verify(
     from steering import SteeringError
 
     opened = _store(store)
-    files = {
-        path.stem for folder in (opened.folder, opened.builtin) if folder for path in folder.glob("[!.]*.safetensors")
-    }
     results = []
-    for name in names or sorted(files):
+    for name in names or opened.names():
         try:
             opened.load(name)
             results.append({"name": name, "ok": True, "error": None})
@@ -313,7 +309,7 @@ def rm(name: Name, store: StoreFolder = None) -> None:
     from steering import ArtifactError
 
     opened = _store(store)
-    if users := Presets(opened.folder).users(name):
+    if users := Presets(opened.place).users(name):
         raise ArtifactError(f"Artifact {name!r} is in use by {', '.join(users)}: change or delete that first.")
     opened.remove(name)
     typer.echo(f"removed {name}")

@@ -31,24 +31,31 @@ Quantization = Annotated[
     ),
 ]
 StoreFolder = Annotated[
-    Path | None,
-    typer.Option("--store", envvar="SETPOINT_STORE", help="Folder of the artifacts.", show_default="user data folder"),
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="SETPOINT_STORE",
+        metavar="FOLDER|URL",
+        help="Folder of the artifacts, or the URL of a shared one: s3://, gs://, hf://, file://.",
+        show_default="user data folder",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", envvar="SETPOINT_JSON", help="Print JSON.")]
 
 
 def cleanly(command: Callable[P, None]) -> Callable[P, None]:
-    """Bad input ends a command with exit code 2 and one sentence on stderr."""
+    """Bad input ends a command with exit code 2 and one sentence on stderr; the loss of a process that shares the model
+    with code 1."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        from steering import SteeringError
+        from steering import SteeringError, TeamLost
 
         try:
             command(*args, **kwargs)
         except SteeringError as error:
             typer.echo(f"setpoint: {error.message}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(1 if isinstance(error, TeamLost) else 2) from None
 
     return wrapped
 
@@ -62,11 +69,11 @@ def quietly(model: str | None = None) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def store_folder(given: Path | None) -> Path:
-    """The folder of the artifacts."""
-    from server.settings import default_store
+def store_place(given: str | None) -> Path | str:
+    """The folder of the artifacts, or its URL."""
+    from server.settings import default_store, located
 
-    return given or default_store()
+    return located(given) if given else default_store()
 
 
 def print_json(document: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import typer
 
-from server.cli.common import AsJson, StoreFolder, cleanly, print_json, print_table, store_folder
+from server.cli.common import AsJson, StoreFolder, cleanly, print_json, print_table, store_place
 
 
 @cleanly
@@ -14,7 +14,7 @@ def doctor(store: StoreFolder = None, as_json: AsJson = False) -> None:
     """Say what this machine can run, and how to fix what it cannot. Exit code 1 if something needed fails."""
     from steering import diagnose
 
-    checks = diagnose(store_folder(store))
+    checks = diagnose(store_place(store))
     if as_json:
         print_json({"object": "list", "data": [asdict(check) for check in checks]})
     else:

@@ -52,7 +52,7 @@ def evaluate(
     quietly()
     from server.host import Host
     from server.settings import ServerSettings
-    from steering import SpecError, __version__
+    from steering import Engine, SpecError, __version__
     from steering.evaluation import (
         COLUMNS,
         HEADER,
@@ -84,6 +84,7 @@ def evaluate(
             **chosen,
         )
     host = Host.load(ServerSettings(store=store))
+    assert isinstance(host.engine, Engine), "the settings' default"
     about = {"version": __version__, "model": host.plant.fingerprint}
     try:
         with progress_bar("eval") as report:

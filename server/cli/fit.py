@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,8 +21,11 @@ from server.cli.common import (
     print_table,
     progress_bar,
     quietly,
-    store_folder,
+    store_place,
 )
+
+if TYPE_CHECKING:
+    from steering import Artifact, Store
 
 
 @cleanly
@@ -79,12 +82,13 @@ def fit(
     """Fit a concept, or a plan, and put it into the store."""
     quietly(model)
     from server.host import load_plant, open_store
-    from steering import Artifact, fit_concept, read_examples
+    from steering import fit_concept, read_examples
     from steering.fit import FitSettings, warning
     from steering.fit.plans import checked_rows, fit_plan, plan_warning, settings_of
 
-    target = open_store(store_folder(store))
+    target = open_store(store_place(store))
     target.require_own(name)
+    target.place.look()  # before minutes of fitting
     asked: dict[str, Any] = {
         "gains": tuple(gains) if gains else None,
         "q": q,
@@ -109,7 +113,7 @@ def fit(
             made = fit_concept(plant, name, *checked, settings, report).artifact()
         else:
             made = fit_plan(plant, name, *checked, settings, report).artifact()
-    path = target.save(made)
+    path = _kept(target, made)
     quality = dict(made.body["quality"])
     doubt = warning(quality) if kind == "concept" else plan_warning(quality)
     if doubt is not None:
@@ -118,7 +122,7 @@ def fit(
         print_json(
             {
                 "name": name,
-                "path": str(path),
+                "path": path,
                 "fingerprint": made.fingerprint,
                 "quality": quality,
                 "warning": doubt,
@@ -126,6 +130,19 @@ def fit(
         )
         return
     print_table(("field", "value"), [(key, str(value)) for key, value in quality.items()], title=f"{name} → {path}")
+
+
+def _kept(store: Store, made: Artifact) -> str:
+    """Save, and tell where. Where the store does not take it the file is left here, or the fit would be lost."""
+    from steering.errors import StoreUnwritable
+
+    try:
+        store.save(made)
+    except StoreUnwritable as error:
+        path = made.save(Path())
+        error.message += f" The fit is kept in {path}: `setpoint artifacts import {path}` puts it into the store."
+        raise
+    return store.shown(made.name)
 
 
 def _settings(given: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -20,8 +20,14 @@ def serve(
     host: Annotated[str, typer.Option(envvar="SETPOINT_HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="SETPOINT_PORT", help="Port; 0 takes a free one.")] = 8000,
     engine: Annotated[
-        str, typer.Option(envvar="SETPOINT_ENGINE", help="native is the one engine of this version.")
+        str, typer.Option(envvar="SETPOINT_ENGINE", help="native, or vllm (pip install 'setpoint[vllm]').")
     ] = "native",
+    model_impl: Annotated[
+        str,
+        typer.Option(
+            envvar="SETPOINT_MODEL_IMPL", help="vLLM engine: auto, vllm or transformers, which has every site."
+        ),
+    ] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     served_model_name: Annotated[
@@ -88,18 +94,30 @@ def serve(
         int, typer.Option(envvar="SETPOINT_UPLOAD_LIMIT", help="Largest uploaded artifact in bytes.")
     ] = 2**28,
     replicas: Annotated[
-        int, typer.Option(envvar="SETPOINT_REPLICAS", help="Copies of the model; 1 in this version.")
+        int, typer.Option(envvar="SETPOINT_REPLICAS", help="Copies of the model, on Ray Serve where there are several.")
     ] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SETPOINT_MAX_REPLICAS",
+            help="Copies that may be started when those are busy.",
+            show_default="as many as replicas",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SETPOINT_RAY_ADDRESS",
+            help="Ray cluster for the copies, HOST:PORT or auto.",
+            show_default="processes of this machine",
+        ),
+    ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option(envvar="SETPOINT_TENSOR_PARALLEL", help="Devices that share the model; 1 in this version.")
+        int, typer.Option(envvar="SETPOINT_TENSOR_PARALLEL", help="Devices that share the model.")
     ] = 1,
     quantization: Quantization = "none",
 ) -> None:
     """Serve a model over HTTP. Prints `ready http://…` when the first request can be served."""
-    from steering import SpecError
-
-    if engine != "native":
-        raise SpecError("engine", expected="native, the one engine of this version", got=engine)
     quietly(model)
     from server.listen import listen
     from server.settings import ServerSettings
@@ -109,6 +127,8 @@ def serve(
         served_model_name=served_model_name,
         host=host,
         port=port,
+        engine=cast(Any, engine),  # checked there
+        model_impl=cast(Any, model_impl),
         device=device,
         dtype=dtype,
         max_batch=max_batch,
@@ -126,6 +146,8 @@ def serve(
         body_seconds=body_seconds,
         upload_limit=upload_limit,
         replicas=replicas,
+        max_replicas=max_replicas,
+        ray_address=ray_address,
         tensor_parallel=tensor_parallel,
         quantization=quantization,
     )

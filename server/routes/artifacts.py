@@ -56,10 +56,11 @@ async def artifact(name: str, host: HostDep) -> Json:
 
 
 @router.delete("/{name}", responses=ERRORS)
-async def remove(name: str, service: ServiceDep, host: HostDep) -> Json:
+async def remove(name: str, http: Request, service: ServiceDep, host: HostDep) -> Json:
     """Delete an artifact; 409 while a running request, a job, a preset or the server's default uses it, and for one
     that ships with the model."""
-    users = ["a running request"] * service.runs_with(name) + ["a job"] * service.jobs.reads(name)
+    is_running = service.runs_with(name) or getattr(http.state, "is_used", False)  # here, or on another replica
+    users = ["a running request"] * is_running + ["a job"] * service.jobs.reads(name)
     await run_in_threadpool(_remove, host, name, users)
     return {"object": "steering.artifact", "name": name, "deleted": True}
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from server.account import Json
 from server.body import json_body
 from server.host import Host
-from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, require_model, takes
 from server.schema.capture import CaptureRequest
 from server.translate import check_length, given_tokens
 from steering import PlantError, Site, SpecError, capture, encoded
@@ -28,7 +28,7 @@ Body = Annotated[CaptureRequest, Depends(json_body(CaptureRequest))]
 @router.post("/v1/capture", responses=ERRORS, openapi_extra=takes(CaptureRequest))
 async def captured(http: Request, service: ServiceDep, host: HostDep, body: Body) -> Response:
     """Activations of a prompt, unsteered, in float32. `resid_pre.l` is what laws, traces and conditions read."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     return await read_aside(http, service, partial(_captured, host, body))
 
 

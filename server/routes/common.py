@@ -51,6 +51,14 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+async def require_model(host: Host, name: str | None) -> None:
+    """`Host.require_model`, on a thread where it looks for a preset: the store's place may be slow to answer."""
+    if host.preset_of(name) is None:
+        host.require_model(name)
+    else:
+        await run_in_threadpool(host.require_model, name)
+
+
 async def answered(
     http: Request,
     service: Service,
@@ -61,7 +69,7 @@ async def answered(
     chunks: Callable[[Call, Generation, TokenTable], AsyncIterator[Json]],
 ) -> Response:
     """What every generating route does: translate, submit, and answer whole or as a stream."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     call = await run_in_threadpool(translate, body, host)
     note(http, call)
     generation = service.generate(list(call.requests))

@@ -14,7 +14,7 @@ from server.account import Json
 from server.body import json_body
 from server.host import Host, Service
 from server.jobs import Task
-from server.routes.common import ERRORS, HostDep, ServiceDep, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, require_model, takes
 from server.schema.jobs import FitRequest, SweepRequest
 from server.stream import DONE, frame
 from server.tasks import fit_task, sweep_task
@@ -31,14 +31,14 @@ QUIET_SECONDS = 15.0
 @router.post("/fit", status_code=202, responses=ERRORS, openapi_extra=takes(FitRequest))
 async def fit(http: Request, service: ServiceDep, host: HostDep, body: Fit) -> JSONResponse:
     """Queue the fit of a concept. The answer names the job; the artifact can be used as soon as that succeeds."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     return await _queued(http, service, host, fit_task, body)
 
 
 @router.post("/sweep", status_code=202, responses=ERRORS, openapi_extra=takes(SweepRequest))
 async def sweep(http: Request, service: ServiceDep, host: HostDep, body: SweepBody) -> JSONResponse:
     """Queue a dose–response curve: effect, perplexity and effort at each dose of a grid."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     return await _queued(http, service, host, sweep_task, body)
 
 

@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from server.account import Json
 from server.body import json_body
 from server.host import Host
-from server.routes.common import ERRORS, HostDep, takes
+from server.routes.common import ERRORS, HostDep, require_model, takes
 from server.schema.openai import DetokenizeRequest, TokenizeRequest
 from server.translate import given_tokens
 
@@ -29,21 +29,21 @@ async def models(host: HostDep) -> Json:
 @router.get("/v1/models/{model:path}", responses=ERRORS)
 async def model(model: str, host: HostDep) -> Json:
     """One model; 404 for any but the served one and its presets."""
-    host.require_model(model)
+    await require_model(host, model)
     return _model(host, host.preset_of(model))
 
 
 @router.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeRequest))
 async def tokenize(host: HostDep, body: Tokenize) -> Json:
     """Token ids of a prompt or a chat."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     return await run_in_threadpool(_tokenized, host, body)
 
 
 @router.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeRequest))
 async def detokenize(host: HostDep, body: Detokenize) -> Json:
     """The text of token ids, special tokens included."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     return {
         "prompt": await run_in_threadpool(lambda: host.plant.tokenizer.decode(host.check_tokens(body.tokens, "tokens")))
     }

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from server.account import Json
 from server.body import json_body
 from server.host import Host
-from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, takes
+from server.routes.common import ERRORS, HostDep, ServiceDep, read_aside, require_model, takes
 from server.schema.openai import TraceRequest
 from server.translate import check_length, given_tokens
 from steering import REGISTRY, SteeringError, summary, trace_prompt
@@ -33,7 +33,7 @@ async def types() -> Json:
 @router.post("/trace", responses=ERRORS, openapi_extra=takes(TraceRequest))
 async def trace(http: Request, service: ServiceDep, host: HostDep, body: Trace) -> Response:
     """Projections of a prompt's tokens on concepts, at the input of every layer, without generation."""
-    host.require_model(body.model)
+    await require_model(host, body.model)
     return await read_aside(http, service, partial(_trace, host, body))
 
 

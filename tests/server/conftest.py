@@ -18,6 +18,7 @@ from server.app import create_app
 from server.host import Host
 from server.settings import ServerSettings
 from steering import Engine, EngineSettings, FitSettings, Plant, Store, fit_concept
+from steering.folder import Folder
 from tests.plants import tiny, tiny_tokenizer
 
 CONTEXT = 4096
@@ -59,7 +60,7 @@ def folder(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(
-    plant: Plant, folder: Path, settings: ServerSettings, builtin: Path | None = None, **sizes: int
+    plant: Plant, folder: Path | Folder, settings: ServerSettings, builtin: Path | None = None, **sizes: int
 ) -> Iterator[str]:
     """A running server's address."""
     engine = Engine(plant, EngineSettings(**{"max_batch": 8, **sizes}))

@@ -24,7 +24,7 @@ from tests.server.conftest import serving
 from tests.server.wire import events
 
 CONTRACT = {
-    "num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "prompt_tokens_total",
+    "ready", "num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "prompt_tokens_total",
     "generation_tokens_total", "request_success_total", "admission_rejections_total",
     "time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
     "request_queue_time_seconds_count",
@@ -33,7 +33,7 @@ CONTRACT = {
     "fit_seconds_count",
 }  # fmt: skip
 UNITS = ("_seconds", "_ratio", "_bytes", "_total", "_info")
-COUNTED = {"num_requests_running", "num_requests_waiting", "steering_programs_resident",
+COUNTED = {"ready", "store_reachable", "num_requests_running", "num_requests_waiting", "steering_programs_resident",
            "steering_batch_distinct_programs", "fit_jobs", "process_open_fds", "process_max_fds"}  # fmt: skip
 """Gauges that count things: they have no unit."""
 
@@ -72,6 +72,7 @@ def test_before_the_model_is_there_every_name_is() -> None:
     with TestClient(create_app(ServerSettings(), loads=False)) as early:
         found = figures(early)
         assert {name.partition("[")[0] for name in found} >= CONTRACT
+        assert found["ready"] == 0
         for reason in ("queue_full", "jobs_full", "loading", "draining"):
             assert found[f"admission_rejections_total[{reason}]"] == 0
         for reason in ("stop", "length", "abort", "error"):

@@ -177,6 +177,9 @@ def test_draining_ends_what_runs_with_an_error_frame(plant: Plant, folder: Path)
     service = Service(ServerSettings(drain_seconds=0.3), Host(plant, engine, Store(folder), "tiny"))
     endings: dict[str, str | None] = {}
 
+    def told() -> bytes:
+        return service.metrics.exposition("")[0]
+
     async def consume(name: str, generation: Generation) -> None:
         try:
             async for piece in pieces(generation):
@@ -194,8 +197,10 @@ def test_draining_ends_what_runs_with_an_error_frame(plant: Plant, folder: Path)
             for name, size in (("short", 3), ("long", 4000))
         ]
         await asyncio.sleep(0.01)
+        assert b"\nsetpoint_ready 1.0\n" in told()
         await service.drain()
         assert service.state == "draining"
+        assert b"\nsetpoint_ready 0.0\n" in told()
         with pytest.raises(ApiError) as refused:
             service.ready_host()
         assert refused.value.status == 503
