@@ -18,7 +18,7 @@ ARG PIP_INDEX_URL=https://pypi.org/simple
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_CERT
-# Extras of pyproject.toml, as `quantized`.
+# Extras of pyproject.toml, as `quantized` or `ray,s3`; `vllm` for --engine vllm.
 ARG EXTRAS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/setpoint

