@@ -1,4 +1,5 @@
-"""The tables of docs/performance.md, written from the results so that no figure stands there that was not measured.
+"""The tables of docs/performance.md and docs/scale.md, written from the results, so that no figure stands there that
+none of them has.
 
     python -m benchmarks.tables
 
@@ -14,8 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.capacity import report
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+SCALE = PAGE.with_name("scale.md")
+VLLM = PAGE.with_name("vllm.md")
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABSENT = "*Not measured yet.*"
 
@@ -134,7 +139,42 @@ def engine(body: Body) -> str:
     )
 
 
-KINDS: Mapping[str, Callable[[Body], str]] = {"peers": peers, "load": load, "memory": memory, "engine": engine}
+def capacity(body: Body) -> str:
+    """A table of the capacity model, by the kind of result."""
+    header, rows, note = report.KINDS[body["kind"]](body)
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def parity(body: Body) -> str:
+    """The vLLM engine beside the native one, row by row."""
+
+    def cell(found: Body) -> str:
+        if "refused" in found:
+            return "refused"
+        if "failed" in found:
+            return f"failed: {found['failed']}"
+        worst = found["receipt"]
+        told = "" if worst is None else f", receipts to {worst:.0e}" if worst else ", receipts equal"
+        return f"{100 * found['same']:.0f} %{told}"
+
+    rows = [[name, row["method"], cell(row["vllm"]), cell(row["transformers"])] for name, row in body["rows"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in body["versions"].items())
+    return (
+        f"{table(('row', 'method', 'vLLM’s modelling code', 'transformers’ under vLLM'), rows)}\n\n"
+        f"Share of answers that are the native engine's to the last token, and the largest difference of a number in "
+        f"their receipts; {body['prompts']} prompts, {body['tokens']} tokens, greedy, float32. {versions}; "
+        f"`{body['command']}`."
+    )
+
+
+KINDS: Mapping[str, Callable[[Body], str]] = {
+    "parity": parity,
+    "peers": peers,
+    "load": load,
+    "memory": memory,
+    "engine": engine,
+    "capacity": capacity,
+}
 
 
 def filled(page: str, results: Path) -> str:
@@ -150,8 +190,9 @@ def filled(page: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Fill the page in place."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    """Fill the pages in place."""
+    for page in (PAGE, SCALE, VLLM):
+        page.write_text(filled(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -101,3 +101,6 @@ FIT: dict[str, Any] = {
     # the same where one coordinate of a site of 32 is a step of it
     "perplexity_step": 3e-2,
 }
+
+CAPACITY_NOISE = 0.06
+"""Of a simulated mean beside its closed form: some ten thousand draws, and the beginning and end of a run."""
