@@ -35,9 +35,15 @@ $(VENV)/.deploy: pyproject.toml $(VENV)/.dev
 
 # The image takes ten minutes the first time, one or two when only the code has changed; IMAGE=0 leaves it out.
 IMAGE ?= 1
+# Beyond one process: the image and deploy/, replicas on Ray Serve, shared stores, tensor parallel, the capacity model.
+DEPLOYED := tests/deploy tests/repo/test_image.py tests/repo/test_deploy.py tests/benchmarks/test_dashboard.py \
+	tests/benchmarks/test_capacity.py tests/benchmarks/test_capacity_page.py tests/server/replicas \
+	tests/server/test_shared_store.py tests/test_mirror.py tests/test_mirror_s3.py tests/test_mirror_gcs.py \
+	tests/runtime/parallel tests/server/test_tensor_parallel.py
 .PHONY: deploy-test
-deploy-test: $(VENV)/.deploy ## Build and start the image, check deploy/ with its own tools; what is missing is skipped and named
-	PATH="$(abspath $(BIN)):$$PATH" SETPOINT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest -rs tests/deploy tests/repo/test_image.py tests/repo/test_deploy.py tests/benchmarks/test_dashboard.py $(ARGS)
+deploy-test: $(VENV)/.deploy ## Test all that goes beyond one process, the image included; what is missing is skipped and named
+	PATH="$(abspath $(BIN)):$$PATH" SETPOINT_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest -rs $(DEPLOYED) $(ARGS)
+	$(MAKE) --no-print-directory vllm-test
 
 # vLLM pins what the rest of the project does not, so it has an environment of its own: every package pinned and hashed.
 VLLM := .venv-vllm

