@@ -35,6 +35,8 @@ LENGTHS = (64, 128)
 SLOTS = (8, 16)
 """Powers of two: a bank may grow by doubling."""
 KNOWN = (8, 16)
+KINDS = (torch.Tensor, torch.nn.Parameter)
+"""Tensors that have memory: what torch traces a function with, say, has none."""
 SCALARS = 5
 """Numbers of a channel beside probe and gain that a slot holds: limit, knee, floor, relative and ‖gain‖."""
 
@@ -44,7 +46,7 @@ def held(device: torch.device) -> int:
     gc.collect()
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    tensors = [one for one in gc.get_objects() if type(one) in KINDS and one.device.type == "cpu"]
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
