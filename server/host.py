@@ -289,7 +289,11 @@ class Service:
 
     def when_lost(self, call: Callable[[SteeringError], None]) -> None:
         """Call with the reason, from another thread, when the processes that share the model are no longer together."""
-        if self.host is not None and (crew := self.host.plant.crew) is not None:
+        if self.host is None:
+            return
+        if isinstance(self.host.engine, VllmEngine):
+            self.host.engine.on_loss(call)
+        elif (crew := self.host.plant.crew) is not None:
             crew.on_loss(call)
 
     def _load(self) -> Host:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -157,6 +158,15 @@ class ServerSettings:
     def most_replicas(self) -> int:
         """Copies that answer, at most."""
         return self.max_replicas or self.replicas
+
+    def require_ray(self) -> None:
+        """Raises SpecError that names what asks for Ray Serve, where that is not installed. Without importing it."""
+        if self.is_replicated and find_spec("ray") is None:
+            given = {"ray_address": self.ray_address, "max_replicas": self.max_replicas, "replicas": self.replicas}
+            name, got = next((name, value) for name, value in given.items() if value is not None)
+            none = "1" if name == "replicas" else "nothing"
+            advice = "pip install 'setpoint[ray]'"
+            raise SpecError(name, expected=f"{none}, where Ray Serve is not installed", got=got, advice=advice)
 
     @property
     def is_loopback(self) -> bool:

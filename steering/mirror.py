@@ -155,20 +155,24 @@ class Mirror(Folder):
     def _fly(self, what: str, flight: Flight) -> None:
         """One comparison. Whatever goes wrong is told, and the copy stays as it is."""
         try:
+            # What is here is looked at first: what another process of this machine writes after that is left alone.
             if what in (LISTED, COPIED):
+                here = self._here()
                 found = self._remote.listing()
                 self._is_large = len(found) > LISTABLE
                 if what == COPIED or len(found) <= WHOLE:
-                    self._copy(found, self._here(), flight.started)
+                    self._copy(found, here, flight.started)
                 if not self._has_copy:
                     self._has_copy = True
                     self._write_index()
             elif what == PRESETS:
-                self._copy(self._remote.listing(PRESETS), self._here(PRESETS), flight.started)
+                here = self._here(PRESETS)
+                self._copy(self._remote.listing(PRESETS), here, flight.started)
             else:
+                here = {what: stamp(self.path / what)}
                 version = self._remote.ask(what)
                 found = {} if version is None else {what: version}
-                self._copy(found, {what: stamp(self.path / what)}, flight.started)
+                self._copy(found, here, flight.started)
         except Exception as error:  # each file system has errors of its own
             self._fail(error)
         else:
@@ -184,11 +188,11 @@ class Mirror(Folder):
             flight.done.set()
 
     def _copy(self, found: Mapping[str, Version], here: Mapping[str, Stamp], started: float) -> None:
-        """Make the files `here` those that were `found` at the place, when it was asked about them at `started`."""
+        """Make the files, which were `here` before the place was asked at `started`, those that were `found` there."""
         there = {key: Held(version.tag, here.get(key)) for key, version in found.items()}
         gone = [key for key, seen in here.items() if key not in found and seen is not None]
         changed = [*(key for key, held in there.items() if self._held.get(key) != held), *gone]
-        _side_by_side([partial(self._apply, key, found.get(key), started) for key in changed])
+        _side_by_side([partial(self._apply, key, found.get(key), here.get(key), started) for key in changed])
         if changed:
             self._write_index()
 
@@ -198,8 +202,8 @@ class Mirror(Folder):
         keys = (path.relative_to(self.path).as_posix() for path in paths)
         return {key: stamp(self.path / key) for key in keys if key.startswith(start) and is_key(key)}
 
-    def _apply(self, key: str, version: Version | None, started: float) -> None:
-        """Make the file here that of the place, as the place was asked about at `started`."""
+    def _apply(self, key: str, version: Version | None, seen: Stamp, started: float) -> None:
+        """Make the file here, which was `seen` before, that of the place, as the place was asked about at `started`."""
         with self._change:
             if key in self._claims or self._touched.get(key, float("-inf")) > started:
                 return  # what is known is older than what is here
@@ -207,6 +211,8 @@ class Mirror(Folder):
         try:
             path = self.path / key
             if version is None:
+                if stamp(path) != seen:
+                    return  # another process has written it since, which the next comparison sees
                 path.unlink(missing_ok=True)
                 self._held.pop(key, None)
                 return

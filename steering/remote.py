@@ -11,6 +11,7 @@ show an upload when it is complete; elsewhere a file is written aside and rename
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ OBJECTS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "", "memory
 """Places where an upload is seen when it is complete, with the extra that brings their package."""
 FILES = ("file", "local")
 """Places where a half-written file is seen, and renaming is one step."""
+HUB_KIND = re.compile("^(datasets|spaces|models)/")
 PACE = {"hf": 10.0}
 """Places that bound how often they may be asked: how many times less often this is done."""
 TAGS = ("ETag", "etag", "generation", "md5Hash", "oid", "blob_id", "xet_hash")
@@ -86,6 +88,8 @@ class Remote:
         known = ", ".join(f"{one}://" for one in ("s3", "gs", "hf", "memory", "file"))
         if scheme not in (*OBJECTS, *FILES) or not rest.strip("/") or "::" in url:
             raise SpecError("store", expected=f"a folder, or a URL of {known} with a bucket or folder", got=scheme)
+        if scheme == "hf" and len(HUB_KIND.sub("", rest).strip("/").split("/")) < 2:
+            raise SpecError("store", expected="hf://datasets/USER/NAME, or with a folder behind it", got=url)
         options: dict[str, Any] = {"use_listings_cache": False}
         if OBJECTS.get(scheme) == "s3":
             options |= {**PATIENT, **fsspec.config.conf.get("s3", {})}

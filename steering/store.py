@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,10 @@ from steering.plant.massive import Caution
 P = TypeVar("P", bound=Plan)
 KEPT = 512
 """Concepts, and plans, that a shelf keeps loaded: a concept of an 8B model has a megabyte or two."""
+NAMED, NEAREST = 16, 5
+"""Up to so many artifacts an error about an unknown name looks at all; of more it tells the nearest few."""
+COMPARED = 256
+"""Names, next to the unknown one in the order of letters, among which those are looked for."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,10 @@ class Store:
             artifact.write(partial)
         return self.folder / key
 
-    def names(self) -> list[str]:
-        """Of every artifact there is a file of, readable or not."""
-        self.place.look()
+    def names(self, *, here: bool = False) -> list[str]:
+        """Of every artifact there is a file of, readable or not; `here` as for `entries`."""
+        if not here:
+            self.place.look()
         folders = (folder for folder in (self.folder, self.builtin) if folder is not None)
         return sorted({path.name.removesuffix(SUFFIX) for one in folders for path in one.glob(f"[!.]*{SUFFIX}")})
 
@@ -211,13 +218,35 @@ class Shelf:
             path = self.store.path(name)
             stat = path.stat()
         except (ArtifactNotFound, FileNotFoundError, SpecError) as error:
-            # Of a store that is large and elsewhere, a name that somebody made up must not bring every file here.
-            entries = self.store.entries(here=True)
-            known = [entry.name for entry in entries if entry.kind == kind and entry.model == self.model]
             what = "a concept" if kind == KIND else f"a plan of kind {kind!r}"
-            raise SpecError(field, expected=f"{what} of this model ({', '.join(known) or 'none'})", got=name) from error
+            raise SpecError(field, expected=f"{what} of this model ({self._near(name, kind)})", got=name) from error
         # A file is replaced whole, so that a new version is a new inode even within one tick of the clock.
         return path, (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+
+    def _near(self, name: str, kind: str) -> str:
+        """What a name that there is not could have meant. A name that somebody made up brings no file of a shared store
+        here, and has few headers read however many artifacts there are."""
+        names = self.store.names(here=True)
+        near = names
+        if len(names) > NAMED:
+            at = max(0, bisect(names, name) - COMPARED // 2)
+            near = get_close_matches(name[:64], names[at : at + COMPARED], NAMED)
+        known = [one for one in near if self._is_own(one, kind)]
+        if len(names) <= NAMED:
+            return ", ".join(known) or "none"
+        return f"nearest: {', '.join(known[:NEAREST]) or 'none'}; {len(names)} artifacts in all"
+
+    def _is_own(self, name: str, kind: str) -> bool:
+        """Whether the file here of this name says that it is of this kind and of this model."""
+        path = self.store.folder / f"{name}{SUFFIX}"
+        if not path.is_file() and self.store.builtin is not None:
+            path = self.store.builtin / path.name
+        try:
+            checked_name(name)
+            header = read_header(path)
+        except (ArtifactCorrupt, SpecError):
+            return False
+        return bool(header["kind"] == kind and header["model"] == self.model)
 
     def _require_kind(self, field: str, name: str, found: Artifact, kind: str) -> None:
         if found.kind != kind:

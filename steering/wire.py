@@ -51,9 +51,11 @@ def unpack(data: bytes) -> Program:
         tensors = load(data[8 + length :])
         terms = tuple(_unpacked_term(str(i), one, tensors) for i, one in enumerate(document["terms"]))
         program = Program(terms, Guard(**document["guard"]))
-    except (SafetensorError, SteeringError, ValueError, KeyError, TypeError, IndexError) as error:
+        is_sent = program.fingerprint == document["fingerprint"]
+    # RuntimeError: JSON that is nested too deep (RecursionError), tensors of shapes that no law has.
+    except (SafetensorError, SteeringError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise ArtifactCorrupt("The program that was sent is not whole, or of another version of Setpoint.") from error
-    if program.fingerprint != document["fingerprint"]:
+    if not is_sent:
         raise ArtifactCorrupt("The program that was sent does not have the fingerprint that it was sent under.")
     return program
 

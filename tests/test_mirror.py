@@ -524,6 +524,40 @@ def test_processes_may_share_one_copy(place: Place) -> None:
     assert two.load("x").body["quality"] == {"auroc": [0.75]}
 
 
+@pytest.mark.parametrize("listable", [64, 0])
+def test_what_another_process_writes_while_the_place_is_asked_is_not_taken_for_deleted(
+    place: Place, monkeypatch: pytest.MonkeyPatch, listable: int
+) -> None:
+    """Else a default that was just set would be gone for a second, and requests would not be steered."""
+    monkeypatch.setattr(mirror, "LISTABLE", listable)
+    one, other = place.replica("shared"), place.replica("shared")
+    place.replica("elsewhere").save(tone("x"))
+    one.load("x")
+    later()
+    listing, ask = Remote.listing, Remote.ask
+    is_written = False
+
+    def between(found: Any) -> Any:
+        nonlocal is_written
+        if not is_written:
+            is_written = True
+            with other.place.replacing("default.json") as written:
+                written.write_text("{}")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Remote, "listing", lambda *arguments: between(listing(*arguments)))
+        patched.setattr(Remote, "ask", lambda *arguments: between(ask(*arguments)))
+        one.place.look("default.json")
+        until(lambda: is_written)
+        until(lambda: not one.place._flights)  # type: ignore[attr-defined]
+        assert (one.folder / "default.json").is_file()
+    place.replica("elsewhere").place.remove("default.json")
+    later()
+    one.place.look("default.json")
+    assert not (one.folder / "default.json").exists()
+
+
 def test_more_files_than_one_listing_is_worth(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is asked for by its name then, and copied when it is used; a listing still shows all."""
     monkeypatch.setattr(mirror, "LISTABLE", 4)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from steering.artifact import Artifact, machine
+from steering.artifact import Artifact, machine, read_header
 from steering.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, SpecError, StaleFingerprint
 from steering.store import Shelf, Store
 from tests.toy import MODEL, toy
@@ -141,6 +142,28 @@ def test_an_unknown_concept_is_a_wrong_field_and_the_known_ones_are_named(store:
         assert caught.value.status == 400
     with pytest.raises(SpecError, match="none"):
         shelf(Store(store.folder / "absent")).concept("absent")
+
+
+def test_among_many_the_nearest_few_are_named_and_few_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(400):
+        (store.folder / f"other-{index}.safetensors").write_bytes(b"")
+    for name in ("cheerful", "cheerfuly", "cheerless"):
+        store.save(replace(TONE, name=name).artifact())
+    store.save(replace(TONE, name="cheerfull", model="sha256:" + "0" * 64).artifact())
+    opened = list[Path]()
+
+    def read(path: Path) -> dict[str, Any]:
+        opened.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("steering.store.read_header", read)
+    with pytest.raises(SpecError) as caught:
+        shelf(store).concept("cheerfulx")
+    assert "(nearest: cheerful, cheerfuly, cheerless; 407 artifacts in all)" in caught.value.message
+    assert len(opened) <= 16
+    for name in ("nothing-like-any-of-them", "../" * 100_000):
+        with pytest.raises(SpecError, match="nearest: none; 407 artifacts in all"):
+            shelf(store).concept(name)
 
 
 def test_a_concept_of_another_model_is_stale(store: Store) -> None:

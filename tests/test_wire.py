@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -97,6 +99,40 @@ def test_what_is_not_a_whole_program_is_refused() -> None:
     for data in wrong:
         with pytest.raises(ArtifactCorrupt):
             unpack(data)
+
+
+def test_json_that_is_no_program_is_refused_too() -> None:
+    """Whatever one value of it is replaced by: a program at most, never another error."""
+    good = pack(compile_program([Lqr(concept="tone", setpoint=1.0)], BENCH))
+    end = 8 + int.from_bytes(good[:8], "little")
+    document = json.loads(good[8:end])
+
+    def sent(header: str) -> bytes:
+        return len(header).to_bytes(8, "little") + header.encode() + good[end:]
+
+    def refused_or_taken(data: bytes) -> None:
+        with suppress(ArtifactCorrupt):
+            unpack(data)
+
+    def each(value: Any) -> None:
+        """Every place within a value, in turn something else, and then gone."""
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            before = value[key]
+            for other in (None, 5, "x", [], {}, [1]):
+                value[key] = other
+                refused_or_taken(sent(json.dumps(document)))
+            value[key] = before
+            if isinstance(before, dict | list):
+                each(before)
+        for key in list(value) if isinstance(value, dict) else []:
+            before = value.pop(key)
+            refused_or_taken(sent(json.dumps(document)))
+            value[key] = before
+
+    document["terms"][0]["laws"] = document["terms"][0]["laws"][:2]
+    with pytest.raises(ArtifactCorrupt):
+        unpack(sent("[" * 100_000))
+    each(document)
 
 
 def test_numbers_keep_every_bit() -> None:

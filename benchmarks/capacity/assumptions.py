@@ -105,8 +105,6 @@ class ObjectStore:
 class Machine:
     """The machine around a replica."""
 
-    memory: float = 256e9
-    """Bytes that are free for what a replica's process keeps."""
     disk: float = 1.0e12
     network: float = 3.1e9
     """Bytes a second: 25 Gb/s."""

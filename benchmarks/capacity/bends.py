@@ -23,6 +23,7 @@ from benchmarks.capacity.formulas import (
 )
 from benchmarks.capacity.service import Steps, places_that_fit
 from steering.mirror import FIRST, FRESH, LISTABLE
+from steering.store import KEPT as SHELF
 
 MILLION = 10**6
 DAY = 86400.0
@@ -42,12 +43,13 @@ class Costs:
     proxy_piece: float
     read_piece: float
     yield_piece: float
-    listed: float
     load: float
     compile: float
     ask: tuple[float, float]
     miss: tuple[float, float]
-    """Of one comparison and of one copy: the fixed part, and that of each copy which is held."""
+    unknown: tuple[float, float]
+    """Of one comparison, of one copy, and of a name that there is not: the fixed part, and that of each copy which is
+    held."""
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Costs:
@@ -58,11 +60,11 @@ class Costs:
             body["proxy"]["piece_seconds"],
             body["handle"]["read_seconds"],
             body["handle"]["yield_seconds"],
-            body["store"]["listing_seconds_each"],
             body["concept"]["load_seconds"],
             body["concept"]["compile_seconds"],
             _line(rows, "ask_seconds"),
             _line(rows, "miss_seconds"),
+            _line([row | {"held": row["artifacts"]} for row in body["store"]["rows"]], "unknown_seconds"),
         )
 
     def asking(self, held: float) -> float:
@@ -70,8 +72,12 @@ class Costs:
         return self.ask[0] + self.ask[1] * held
 
     def missing(self, held: float) -> float:
-        """A copy of a concept and its loading, with so many copies held."""
-        return self.miss[0] + self.miss[1] * held + self.load
+        """A copy of a concept, with so many copies held."""
+        return self.miss[0] + self.miss[1] * held
+
+    def misspelling(self, held: float) -> float:
+        """The error of a name that there is not, with so many copies held."""
+        return self.unknown[0] + self.unknown[1] * held
 
 
 def _line(rows: list[Mapping[str, float]], name: str) -> tuple[float, float]:
@@ -93,11 +99,11 @@ def bends(
     few, many = zipf(LISTABLE, work.zipf), zipf(MILLION, work.zipf)
     held = distinct(many, steered * DAY)
     found = hit_rate(many, steered, DAY)
-    kept = hit_rate(many, steered, characteristic_time(many, steered, KEPT))
+    kept, shelved = (hit_rate(many, steered, characteristic_time(many, steered, count)) for count in (KEPT, SHELF))
     lists = checks_per_second("listing", 1, few, steered, FRESH, store)
     asks = checks_per_second("name", 1, many, steered, FRESH, store) + steered * (1 - found)
     feeds = checks_per_second("feed", 1, many, steered, FEED_PERIOD, store) + steered * (1 - found)
-    index = asks * costs.asking(held) + steered * (1 - found) * costs.missing(held)
+    index = asks * costs.asking(held) + steered * ((1 - found) * costs.missing(held) + (1 - shelved) * costs.load)
     index_kept = feeds * costs.asking(0) + steered * ((1 - found) * costs.miss[0] + (1 - kept) * costs.load)
 
     def row(part: str, as_is: float | None, remedied: float | None) -> dict[str, Any]:
@@ -106,14 +112,13 @@ def bends(
     return [
         row("gateway", 1 / (costs.read_piece + costs.piece) / tokens, 1 / costs.proxy_piece / pieces),
         row("handle", tokens * costs.yield_piece, pieces * costs.yield_piece),
-        row("unknown", held * costs.listed, 0.0),
+        row("unknown", costs.misspelling(held), costs.misspelling(0)),
         row("index", index, index_kept),
         row("names", store.reads_per_second / asks, store.reads_per_second / feeds),
         row("listing", store.lists_per_second / lists, store.reads_per_second / feeds),
         row("first listing", listing_seconds(MILLION, store), 0.0),
         row("starts", FIRST * store.lists_per_second / pages(MILLION, store), None),
         row("listing given up", FIRST / listing_seconds(MILLION, store) * MILLION, None),
-        row("memory", _days(many, steered, node.memory / model.concept_bytes), None),
         row("disk", _days(many, steered, node.disk / model.concept_bytes), None),
         row("compile", load * served * work.steered * costs.compile, None),
         row("fits", MILLION * node.fit_seconds / DAY, MILLION * node.fit_seconds / DAY / 100),

@@ -115,10 +115,10 @@ PARTS: Mapping[str, tuple[str, str, str]] = {
     "unknown": (
         "seconds that a request with a misspelt concept costs, after a day",
         "s of CPU",
-        "the error names no others, or the ten nearest",
+        "names kept in memory, not looked up in the folder",
     ),
     "index": (
-        "cores that a replica spends on comparing and copying after a day, beside a million concepts",
+        "cores that a replica spends on comparing, copying and loading after a day, beside a million concepts",
         "of one process",
         "an index that is appended to, a cache that forgets, a feed of changes",
     ),
@@ -127,7 +127,6 @@ PARTS: Mapping[str, tuple[str, str, str]] = {
     "first listing": ("seconds of a start spent on the first listing, beside a million", "s", "none is needed"),
     "starts": ("replicas that may start together before that listing is given up", "replicas", "no listing, no bend"),
     "listing given up": ("concepts at which that listing takes longer than is waited for", "", "no listing, no bend"),
-    "memory": ("days until the shelf of a replica has filled its machine's memory", "days", "a shelf that forgets"),
     "disk": ("days until the mirror of a replica has filled its disk", "days", "a mirror that forgets"),
     "compile": ("cores that compiling programs takes", "of one process", "compiled programs kept by what they say"),
     "fits": ("days until one writer has fitted a million concepts", "days", "a hundred writers, jobs named by content"),

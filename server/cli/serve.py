@@ -151,6 +151,7 @@ def serve(
         tensor_parallel=tensor_parallel,
         quantization=quantization,
     )
+    settings.require_ray()  # before anything that takes long to import
     with listen(settings) as listener:
         from server.serve import serve as run
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from starlette.types import Message
 
 END = "setpoint.end"
-"""Type of the message after the last: `notes`, `error` and `place` of the call, and whether it is `whole`."""
+"""Type of the message after the last: `notes`, `error` and `place` of the call, the `job` that it queued, and whether
+it is `whole`."""
 
 
 class Lost(Exception):
@@ -54,13 +55,16 @@ class Generation:
 
 
 class Fleet(Protocol):
-    """Starts and ends processes. Every method blocks, and is called on one thread."""
+    """Starts and ends processes. Every method but `give_up` blocks, and is called on one thread."""
 
     def start(self) -> None:
         """Make ready what starts processes. Raises SteeringError."""
 
     def deploy(self) -> Generation:
         """Start a generation, and wait until all of it answers. Raises SteeringError."""
+
+    def give_up(self) -> None:
+        """Let a start and a deploy that are under way fail soon, and those that come. From any thread."""
 
     def delete(self, generation: Generation) -> None:
         """End a generation, at once."""

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -35,6 +36,8 @@ BUSY = 0.75
 """Calls on a replica, as a share of its batch, above which the autoscaler starts another one."""
 GRACE_SECONDS = 600.0
 """How long a replica that the autoscaler takes away may finish its calls."""
+LOOK_SECONDS = 0.25
+"""Pause between two looks at whether a generation runs."""
 log = logging.getLogger("setpoint")
 
 
@@ -50,12 +53,18 @@ class RayFleet:
     """A `Fleet` on Ray Serve."""
 
     def __init__(self, settings: ServerSettings) -> None:
+        settings.require_ray()
         _prepare(settings)
         self._settings = settings
         self._name = f"setpoint-{uuid.uuid4().hex[:8]}"
         self._count = 0
         self._folder: str | None = None
         self._apps: dict[int, list[str]] = {}
+        self._is_given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """See `Fleet`."""
+        self._is_given_up.set()
 
     def start(self) -> None:
         """Start Ray on this machine, for this process alone, or join a cluster. Raises SteeringError."""
@@ -73,7 +82,8 @@ class RayFleet:
             except Exception as error:  # Ray raises just that when it takes too long
                 log.error("ray", exc_info=error)
                 ray.shutdown()
-                if address is not None or not tries_left:
+                self._sweep()
+                if address is not None or not tries_left or self._is_given_up.is_set():
                     name = "ray_address" if address else "replicas"
                     raise SpecError(name, expected="Ray to start", got=str(error)[:200]) from error
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -99,8 +109,11 @@ class RayFleet:
 
     def deploy(self) -> Generation:
         """Start a generation and wait until all of it answers. Raises SteeringError."""
+        import ray
         from ray import serve
 
+        if self._is_given_up.is_set() or not ray.is_initialized():  # Ray Serve would start another Ray, open to all
+            raise SteeringError("The server ends: no replica is started any more.")
         share = self._share()
         self._count += 1
         number = self._count
@@ -110,15 +123,32 @@ class RayFleet:
             serve.RunTarget(target=self._application(is_writer, share), name=name, route_prefix=None)
             for name, is_writer in zip(names, (False, True), strict=True)
         ]
+        self._apps[number] = names
         try:
-            serving, writing = serve.run_many(targets)
+            serving, writing = serve.run_many(targets, wait_for_applications_running=False)
+            self._wait(names)
         except RuntimeError as error:
+            if self._is_given_up.is_set():  # `stop` ends what was begun
+                raise SteeringError("The server was told to end while replicas were loading.") from error
+            del self._apps[number]
             for name in names:
                 log.error("not started", extra={"fields": {"application": name, "reason": _reason(name)}})
                 serve.delete(name)
             raise SteeringError("The replicas could not be started; the log says why.") from error
-        self._apps[number] = names
         return Generation(number, RayCopies(serving), RayCopies(writing))
+
+    def _wait(self, names: list[str]) -> None:
+        """Wait until some applications run. Raises RuntimeError where one cannot, or the server ends."""
+        from ray import serve
+
+        while not self._is_given_up.wait(LOOK_SECONDS):
+            known = serve.status().applications
+            states = [known[name].status if name in known else "DEPLOYING" for name in names]
+            if all(state == "RUNNING" for state in states):
+                return
+            if any(state in ("DEPLOY_FAILED", "UNHEALTHY") for state in states):
+                break
+        raise RuntimeError("not running")
 
     def delete(self, generation: Generation) -> None:
         """End a generation, at once: nothing runs there any more."""
@@ -139,6 +169,9 @@ class RayFleet:
                 with suppress(Exception):  # the cluster may be gone
                     serve.delete(name)
         ray.shutdown()
+        self._sweep()
+
+    def _sweep(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -206,15 +239,13 @@ class RayCopies:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def call(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message], None]:
+    def call(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message], None]:
         """See `Copies`."""
-        async for batch in self._stream("call", scope, body):
-            yield batch
+        return self._stream("call", scope, body)
 
-    async def stream(self, method: str) -> AsyncGenerator[Any, None]:
+    def stream(self, method: str) -> AsyncGenerator[Any, None]:
         """See `Copies`."""
-        async for item in self._stream(method):
-            yield item
+        return self._stream(method)
 
     async def each(self, method: str, *arguments: object, seconds: float = 5.0) -> list[Any]:
         """See `Copies`."""
@@ -268,7 +299,7 @@ _FOLDER = "setpoint-ray-"
 
 def _prepare(settings: ServerSettings) -> None:
     """Set what Ray reads when it is imported: it tells nobody that it is used, and a cluster of our own has a key of
-    its own. Raises SpecError where Ray is not installed."""
+    its own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     is_local = settings.ray_address is None
     if is_local:  # Ray's own switch for "loopback only", which is the default where its name says
@@ -276,16 +307,6 @@ def _prepare(settings: ServerSettings) -> None:
     if is_local and "RAY_AUTH_TOKEN_PATH" not in os.environ and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        import ray
-        import ray.serve  # noqa: F401
-    except ImportError as error:
-        raise SpecError(
-            "replicas",
-            expected="1 where Ray Serve is not installed",
-            got=settings.replicas,
-            advice="pip install 'setpoint[ray]'",
-        ) from error
 
 
 def _free_gpus() -> float:

@@ -27,7 +27,7 @@ from server.stream import DONE, frame
 from steering.artifact import MAX_BYTES
 
 JOBS = "/v1/steering/jobs"
-MAKES_JOBS = ("/v1/steering/fit", "/v1/steering/sweep")
+FIT = "/v1/steering/fit"
 ARTIFACTS = "/v1/steering/artifacts/"
 OWN = frozenset({*HEALTH, "/version", "/openapi.json", "/v1/steering/types"})
 """Answered by the gateway: nothing there needs a model."""
@@ -135,7 +135,7 @@ class Forward:
         settings = self._portal.settings
         if scope["method"] == "PUT" and scope["path"].startswith(ARTIFACTS):
             return min(settings.upload_limit, MAX_BYTES)
-        return max(settings.body_limit, EXAMPLES_BYTES) if scope["path"] == MAKES_JOBS[0] else settings.body_limit
+        return max(settings.body_limit, EXAMPLES_BYTES) if scope["path"] == FIT else settings.body_limit
 
     async def _answer(
         self, scope: Scope, body: bytes, answer: _Answer, copies: Copies | None, generation: Generation
@@ -151,9 +151,11 @@ class Forward:
                 asked["state"]["is_used"] = await portal.is_used(path.removeprefix(ARTIFACTS))
         for tries_left in (0,) if is_write else (1, 0):
             try:
-                async with aclosing(self._batches(copies, asked, body)) as batches:
+                async with aclosing(self._batches(copies, asked, body, is_write)) as batches:
                     async for batch in batches:
                         for message in batch:
+                            if message["type"] == END and message["whole"]:
+                                self._note(scope, answer, message, copies)  # before the client can ask after its job
                             await answer.take(message)
                 if not answer.is_over:
                     raise Lost
@@ -168,10 +170,11 @@ class Forward:
                     continue
                 else:
                     raise _lost(is_write) from error
-            self._note(scope, body, answer)
             return
 
-    async def _batches(self, copies: Copies, asked: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def _batches(
+        self, copies: Copies, asked: dict[str, Any], body: bytes, is_write: bool
+    ) -> AsyncGenerator[list[Message], None]:
         """What a replica answers. Raises Lost, and ApiError when there is nobody who could answer, or no room."""
         try:
             async with aclosing(copies.call(asked, body)) as batches:
@@ -180,8 +183,8 @@ class Forward:
                     while True:
                         await asyncio.wait((coming,), timeout=PATIENCE)
                         if not coming.done():
-                            if self._portal.is_deserted:
-                                raise Nobody
+                            if self._portal.is_deserted(copies):
+                                raise Lost if is_write else Nobody  # a write may have been carried out
                             continue
                         batch = coming.result()
                         if batch is None:
@@ -202,18 +205,14 @@ class Forward:
                 429, "Every replica is full: try again later.", code="queue_full", headers={"Retry-After": "1"}
             ) from error
 
-    def _note(self, scope: Scope, body: bytes, answer: _Answer) -> None:
-        """Count what a replica refused, and remember the job that it has queued."""
-        self._portal.metrics.refused(scope["state"].get("error"))
-        path, place = scope["path"], answer.place
-        if place is None or not 200 <= answer.status < 300:
-            return
-        if path in MAKES_JOBS:
-            asked, kind = json.loads(body), path.rpartition("/")[2]
-            name = asked["name"] if kind == "fit" else asked["concept"]
-            self._portal.ledger.queued(json.loads(answer.body)["job"], kind, name, place)
-        elif path.startswith(JOBS):
-            self._portal.ledger.learn(json.loads(answer.body), place)
+    def _note(self, scope: Scope, answer: _Answer, end: Message, copies: Copies) -> None:
+        """Count what a replica refused, and remember the job that it has queued or is ending."""
+        self._portal.metrics.refused(end.get("error"))
+        if "job" in end:
+            self._portal.places.setdefault(end["place"], copies)
+            self._portal.ledger.learn(end["job"], end["place"])
+        elif scope["path"].startswith(f"{JOBS}/") and 200 <= answer.status < 300:
+            self._portal.ledger.learn(json.loads(answer.body), end["place"])
 
 
 class _Answer:
@@ -222,13 +221,12 @@ class _Answer:
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
         self._send = send
-        self._keeps = scope["path"] in MAKES_JOBS or scope["path"].startswith(JOBS)
+        self._keeps = scope["path"].startswith(f"{JOBS}/")
         self._held: list[Message] = []
         self._is_stream = False
         self.status = 0
         self.body = b""
         """Of an answer about a job."""
-        self.place: str | None = None
         self.is_begun = False
         self.is_over = False
 
@@ -239,7 +237,6 @@ class _Answer:
             if not message["whole"]:
                 raise Lost
             self._scope["state"].update({name: message[name] for name in ("notes", "error") if name in message})
-            self.place = message["place"]
             await self._flush()
             return
         if kind == "http.response.start":

@@ -16,6 +16,7 @@ class Ledger(Jobs):
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[str, str] = {}
+        self._gone: set[str] = set()
 
     def learn(self, document: Json, place: str) -> None:
         """A job's state, as the process tells it that runs the job. One that is over stays as it is."""
@@ -36,13 +37,8 @@ class Ledger(Jobs):
                 return
             job.state = document["state"]
             self._publish(job)
-
-    def queued(self, id_: str, kind: str, name: str, place: str) -> None:
-        """A job was accepted; its journal entry may not have come yet."""
-        with self._change:
-            if id_ not in self._jobs:
-                self._jobs[id_] = Job(Task("fit" if kind == "fit" else "sweep", name, elsewhere), self._publish, id_)
-                self._places[id_] = place
+            if place in self._gone:  # its last words, which came late
+                self.lose(place)
 
     def place_of(self, id_: str) -> str | None:
         """Where a job waits or runs; None for one that is over or unknown."""
@@ -57,6 +53,7 @@ class Ledger(Jobs):
     def lose(self, place: str) -> None:
         """A process has ended: its jobs have failed."""
         with self._change:
+            self._gone.add(place)
             for job in self.all():
                 if self.place_of(job.id) == place:
                     told = ApiError(

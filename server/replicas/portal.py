@@ -58,6 +58,8 @@ class Portal(Service):
         self._generations: list[Generation] = []
         """The newest is the last; those before it finish what they have."""
         self._ready = 0
+        self._deserted: set[Copies] = set()
+        """Of which there was no process at the last look."""
         # Ray's own processes end with the thread that started them: they do not outlive a gateway that is killed.
         self._thread = ThreadPoolExecutor(1, "setpoint-ray")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,11 +72,6 @@ class Portal(Service):
     def state(self) -> State:
         """Whether requests are served now: by at least one replica."""
         return "draining" if self.is_draining else "ready" if self._generations and self._ready else "loading"
-
-    @property
-    def is_deserted(self) -> bool:
-        """Whether there is no replica that could answer."""
-        return not self._ready
 
     @property
     def generation(self) -> Generation:
@@ -95,11 +92,15 @@ class Portal(Service):
         """A call is over."""
         generation.running -= 1
 
+    def is_deserted(self, copies: Copies) -> bool:
+        """Whether there is none of these processes that could answer."""
+        return copies in self._deserted
+
     async def is_used(self, artifact: str) -> bool:
         """Whether a running request anywhere is steered by an artifact. Raises ApiError when that cannot be found."""
         found: list[bool] = []
         try:
-            for generation in self._generations:
+            for generation in tuple(self._generations):
                 found += await generation.serving.each("uses", artifact)
         except (TimeoutError, Nobody) as error:
             raise ApiError(
@@ -109,10 +110,9 @@ class Portal(Service):
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """The metrics of the gateway and of every process that answers, and their content type."""
-        parts = []
-        for copies in (self.generation.serving, self.generation.writing) if self._generations else ():
-            with suppress(TimeoutError, Nobody):
-                parts += await copies.each("metrics")
+        asked = (self.generation.serving, self.generation.writing) if self._generations else ()
+        told = await asyncio.gather(*(copies.each("metrics") for copies in asked), return_exceptions=True)
+        parts = [part for found in told if not isinstance(found, BaseException) for part in found]
         encode, content_type = choose_encoder(accept)
         merged = cast(CollectorRegistry, Merged(self.metrics.registry, parts))
         return await asyncio.to_thread(encode, merged), content_type
@@ -123,24 +123,22 @@ class Portal(Service):
         """Start all processes. Raises SteeringError."""
         await self._on_thread(self.sweep)
         await self._on_thread(self._fleet.start)
+        if self.is_draining:
+            raise SteeringError("The server was told to end while it was loading.")
         is_main = threading.current_thread() is threading.main_thread()
         for sig in (signal.SIGINT, signal.SIGTERM) if is_main else ():  # Ray's own would print a trace, then call ours
             signal.signal(sig, signal.getsignal(sig))
-        fresh = await self._on_thread(self._fleet.deploy)
-        for copies in (fresh.serving, fresh.writing):
-            for pulse in await copies.each("pulse", seconds=60.0):
-                _write(pulse)
-                if pulse["failure"]:
-                    raise SteeringError(pulse["failure"])
-                self._ready += copies is fresh.serving
-        self._begin(fresh)
-        self._go(self._beat())
         if is_main and hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: self._go(self.roll()))
+        fresh = await self._on_thread(self._fleet.deploy)
+        self._ready = await _models(fresh)
+        self._begin(fresh)
+        self._go(self._beat())
 
     async def drain(self, wait: Callable[[], bool] = lambda: False) -> None:
         """Refuse new calls and jobs; let calls that run finish within `drain_seconds`."""
         self.is_draining = True
+        self._fleet.give_up()
         everywhere = [copies for one in self._generations for copies in (one.serving, one.writing)]
         seconds = self.settings.drain_seconds + 5.0
         for copies in everywhere:
@@ -159,6 +157,7 @@ class Portal(Service):
         if self._is_closed:
             return
         self._is_closed = True
+        self._fleet.give_up()
         for task in (*self._tasks, *self._journals.values()):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._journals.values(), return_exceptions=True)
@@ -167,18 +166,24 @@ class Portal(Service):
 
     async def roll(self) -> None:
         """New processes in place of all: they take the calls as soon as they are ready, the old ones finish theirs."""
-        if self._is_rolling or self.is_draining:
-            log.warning("no rolling restart: one is under way, or the server ends")
+        if self._is_rolling or self.is_draining or not self._generations:
+            log.warning("no rolling restart: one is under way, or the server begins or ends")
             return
         self._is_rolling = True
         try:
             fresh = await self._on_thread(self._fleet.deploy)
+            try:
+                self._ready = await _models(fresh)
+            except (SteeringError, TimeoutError, Nobody):
+                await self._on_thread(self._fleet.delete, fresh)
+                raise
             self._begin(fresh)
             log.info("rolled", extra={"fields": {"generation": fresh.number}})
             for old in self._generations[:-1]:
                 await self._retire(old)
-        except SteeringError as error:
-            log.error("a rolling restart failed", extra={"fields": {"reason": error.message}})
+        except Exception as error:  # Ray's, too: what serves goes on
+            reason = error.message if isinstance(error, SteeringError) else repr(error)[:300]
+            log.error("a rolling restart failed", extra={"fields": {"reason": reason}})
         finally:
             self._is_rolling = False
 
@@ -190,6 +195,7 @@ class Portal(Service):
         while any(copies is old.writing and self.ledger.is_busy(place) for place, copies in self.places.items()):
             await asyncio.sleep(0.1)
         self._generations.remove(old)
+        self._deserted -= {old.serving, old.writing}
         self._journals.pop(old.number).cancel()
         self.places = {place: copies for place, copies in self.places.items() if copies is not old.writing}
         await self._on_thread(self._fleet.delete, old)
@@ -211,6 +217,11 @@ class Portal(Service):
                         continue
                     except Nobody:
                         pulses = []
+                    except Exception as error:  # Ray's: the next second may know more
+                        log.error("no pulse", exc_info=error)
+                        continue
+                    has_model = any(pulse["failure"] is None for pulse in pulses)
+                    (self._deserted.discard if has_model else self._deserted.add)(copies)
                     if generation is self.generation and copies is generation.serving:
                         self._ready = sum(pulse["failure"] is None for pulse in pulses)
                         self._compare({pulse["name"]: pulse["pid"] for pulse in pulses})
@@ -230,7 +241,7 @@ class Portal(Service):
         """Follow the jobs of a writer, and of those that take its place when it ends."""
         place: str | None = None
         while True:
-            with suppress(Lost, Nobody):
+            try:
                 async with aclosing(writing.stream("journal")) as entries:
                     async for entry in entries:
                         if entry["place"] != place and place is not None:
@@ -239,6 +250,10 @@ class Portal(Service):
                         self.places[entry["place"]] = writing
                         if "job" in entry:
                             self.ledger.learn(entry["job"], entry["place"])
+            except (Lost, Nobody):
+                pass
+            except Exception as error:  # Ray's: without the journal no job would ever end here
+                log.error("no journal", exc_info=error)
             if place is not None and not self.is_draining:
                 self._forget(place)
                 place = None
@@ -256,6 +271,18 @@ class Portal(Service):
 
     async def _on_thread(self, work: Callable[..., Any], *arguments: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+
+async def _models(fresh: Generation) -> int:
+    """How many replicas have a model. Raises SteeringError, with the reason, if one process has none."""
+    found = 0
+    for copies in (fresh.serving, fresh.writing):
+        for pulse in await copies.each("pulse", seconds=60.0):
+            _write(pulse)
+            if pulse["failure"]:
+                raise SteeringError(pulse["failure"])
+            found += copies is fresh.serving
+    return found
 
 
 async def _told(copies: Copies, method: str, seconds: float) -> None:

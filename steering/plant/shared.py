@@ -222,6 +222,12 @@ def _require_machine(size: int, device: torch.device) -> None:
             "This process is in a group of torch.distributed already: close the plant that shares its model first.",
             param=PARAM,
         )
+    if device.type == "cuda" and device.index:
+        raise PlantError(
+            f"device: expected cuda, of which several processes take the first {size} GPUs, got {device}: choose them "
+            "with CUDA_VISIBLE_DEVICES.",
+            param="device",
+        )
     if device.type == "cuda" and torch.cuda.device_count() < size:
         raise PlantError(
             f"{PARAM}: expected at most {torch.cuda.device_count()}, the GPUs of this machine, got {size}.", param=PARAM

@@ -153,12 +153,13 @@ class Crew:
         self._folder = tempfile.mkdtemp(prefix="setpoint-team-")
         self._turn = threading.RLock()
         self._failed = threading.Condition()
+        self._current = -1
         self._own_failures: set[int] = set()
-        self._their_failures: dict[int, set[int]] = {}
+        self._their_failures: dict[int, dict[int, int]] = {}
         self._numbers = itertools.count()
         self._names = itertools.count()
         self._dropped: deque[int] = deque()
-        self._is_closing = False
+        self._is_closing = self._is_closed = False
         self._on_loss: list[Callable[[TeamLost], None]] = []
         self._present: set[int] = set()
         self._sockets: list[socket.socket] = []
@@ -202,33 +203,39 @@ class Crew:
 
     def tell(self, kind: str, fields: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> int:
         """Tell every follower; returns the message's number. Raises TeamLost."""
-        with self._turn:
-            while self._dropped:
-                self._send(Message("drop", {"name": self._dropped.popleft()}))
-            return self._send(Message(kind, fields, arrays))
+        return self._tell(Message(kind, fields, arrays))
 
     @contextmanager
     def together(self, kind: str, fields: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> Iterator[None]:
         """Tell every follower to run what the block runs here. One block at a time.
 
-        An error that every process meets in the same block is raised as it is: they are still in step. Raises TeamLost
-        for one that they do not share.
+        An error that every process meets in the same block, after as many collectives, is raised as it is: they are
+        still in step. Raises TeamLost for one that they do not share. An interrupt is one that they do not share.
         """
         with self._turn:
-            number = self.tell(kind, fields, arrays)
+            number = self._tell(Message(kind, fields, arrays), is_joint=True)
             try:
                 yield
             except Exception as error:
                 self._reconcile(number, error)
                 raise
+            except BaseException as error:
+                self._lose(f"rank 0 was interrupted by {type(error).__name__}")
+                raise
+            finally:
+                with self._failed:
+                    self._current = -1
+                    self._failed.notify_all()
 
     def close(self) -> None:
         """Tell the followers to end, and wait for that."""
         atexit.unregister(self.close)
         self._is_closing = True
-        if self.lost is None:
-            with suppress(TeamLost):
-                self.tell("end", {})
+        with self._turn:
+            if self.lost is None and not self._is_closed:
+                with suppress(TeamLost):
+                    self.tell("end", {})
+            self._is_closed = True
         for process in self._processes:
             try:
                 process.wait(timeout=GRACE_SECONDS)
@@ -272,14 +279,28 @@ class Crew:
         if not is_complete:
             raise TeamLost(f"The processes that were to share the model did not start in {JOIN_SECONDS:.0f} seconds.")
 
-    def _send(self, message: Message) -> int:
+    def _tell(self, message: Message, *, is_joint: bool = False) -> int:
+        """Send what is to be forgotten, and then a message. is_joint: rank 0 does the same at the same time."""
+        with self._turn:
+            while self._dropped:
+                self._send(Message("drop", {"name": self._dropped.popleft()}))
+            return self._send(message, is_joint=is_joint)
+
+    def _send(self, message: Message, *, is_joint: bool = False) -> int:
+        if self._is_closed:
+            raise TeamLost("The processes that shared the model have ended, as they were told to: load it again.")
         number = next(self._numbers)
+        if is_joint:
+            self._current = number  # before anybody can have failed in it
         if self.lost is None:
             try:
                 for one in self._sockets:
                     send(one, message)
             except OSError:
                 self._lose("a process that shares the model no longer listens")
+            except BaseException as error:  # half of a message may have gone out
+                self._lose(f"rank 0 was interrupted by {type(error).__name__}")
+                raise
         self._require()
         return number
 
@@ -292,10 +313,14 @@ class Crew:
                     self._failed.notify_all()
                     continue
                 number = int(message.fields["number"])
-                self._their_failures.setdefault(number, set()).add(rank)
+                self._their_failures.setdefault(number, {})[rank] = int(message.fields["passed"])
                 self._failed.notify_all()
-                shared = self._failed.wait_for(lambda n=number: n in self._own_failures, timeout=GRACE_SECONDS)  # type: ignore[misc]
-            if not shared:
+                self._failed.wait_for(
+                    lambda n=number: n in self._own_failures or n != self._current,  # type: ignore[misc]
+                    timeout=GRACE_SECONDS,
+                )
+                is_shared = number in self._own_failures
+            if not is_shared:
                 self._lose(f"rank {rank} failed where the others did not: {message.fields['error']}")
         if not self._is_closing and self.lost is None:
             process = self._processes[rank - 1]
@@ -305,14 +330,16 @@ class Crew:
 
     def _reconcile(self, number: int, error: Exception) -> None:
         """Return if every follower failed in this block too. Raises TeamLost."""
-        others = set(range(1, self.size))
+        own = passed()
         with self._failed:
             self._own_failures.add(number)
             self._failed.notify_all()
-            shared = self._failed.wait_for(
-                lambda: self.lost is not None or self._their_failures.get(number) == others, timeout=GRACE_SECONDS
+            self._failed.wait_for(
+                lambda: self.lost is not None or len(self._their_failures.get(number, ())) == self.size - 1,
+                timeout=GRACE_SECONDS,
             )
-        if not shared:
+            theirs = list(self._their_failures.get(number, {}).values())
+        if theirs != [own] * (self.size - 1):
             self._lose(f"rank 0 failed where the others did not: {type(error).__name__}: {error}")
         self._require()
 
@@ -336,6 +363,13 @@ class Crew:
                 dist.distributed_c10d._abort_process_group()
         for call in waiting:
             call(self.lost)
+
+
+def passed() -> int:
+    """Collectives that this process has begun. Who failed after as many as another has no answer of its to come."""
+    if not dist.is_initialized() or dist.group.WORLD is None:
+        return 0
+    return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[attr-defined]
 
 
 def leave() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from steering.plant.shared import SharedPlant, load_share, own_device
-from steering.plant.team import Group, Message, leave, receive, send
+from steering.plant.team import Group, Message, leave, passed, receive, send
 from steering.runtime.parallel import (
     FollowingBank,
     SharedRunner,
@@ -31,6 +31,10 @@ from steering.runtime.parallel import (
 from steering.runtime.scope import Frame
 from steering.runtime.settings import EngineSettings
 from steering.runtime.wiring import wire
+
+JOINT = ("join", "load", "engine", "step")
+"""What rank 0 does at the same time, and may fail in alike. Who fails in anything else has another bank or pool than
+the others from there on, and ends."""
 
 
 @dataclass
@@ -112,7 +116,10 @@ def main(arguments: list[str]) -> None:
         try:
             follower.run(message)
         except Exception as error:  # rank 0 knows whether it met the same
-            send(leader, Message("failed", {"number": number, "error": f"{type(error).__name__}: {error}"}))
+            told_of = {"number": number, "passed": passed(), "error": f"{type(error).__name__}: {error}"}
+            send(leader, Message("failed", told_of))
+            if message.kind not in JOINT:
+                break
     leave()
 
 

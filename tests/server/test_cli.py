@@ -146,6 +146,18 @@ def test_serve_refuses_bad_arguments(arguments: list[str], part: str, tmp_path: 
     refused(run("serve", "--port", "0", "--store", tmp_path, *arguments), part)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("replicas", "2"), ("max-replicas", "3"), ("ray-address", "auto")], ids=str
+)
+def test_serve_names_the_option_that_needs_ray(
+    option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.settings.find_spec", lambda name: None)
+    result = run("serve", "--port", "0", "--store", tmp_path, f"--{option}", value)
+    refused(result, option.replace("-", "_"))
+    refused(result, "setpoint[ray]")
+
+
 def test_serve_names_a_busy_port(address: str) -> None:
     port = address.rsplit(":", 1)[1]
     refused(run("serve", "--port", port), port)

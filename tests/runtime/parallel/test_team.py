@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from steering.demo import MODEL
 from steering.errors import PlantError, SteeringError, TeamLost
 from steering.plant.plant import Plant
+from steering.plant.shared import require_shareable
 from steering.plant.team import Crew, Group, Message, receive, send
 from steering.program import Program
 from steering.runtime import Engine, EngineSettings, Event, Finished, Request, Sampling
-from steering.runtime.follower import listen
+from steering.runtime.follower import Follower, listen, main
 from steering.runtime.parallel import packed_frame, unpacked_frame
 from steering.runtime.scheduler import Batch, Sequence
 from steering.runtime.scope import Steering, resolve
@@ -148,6 +151,15 @@ def test_what_cannot_be_shared_is_refused_before_anything_starts(
 
 
 @needs_accelerate
+def test_a_gpu_that_is_not_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process takes the GPU of its rank, whichever was named."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(PlantError, match="CUDA_VISIBLE_DEVICES"):
+        require_shareable(AutoConfig.from_pretrained(MODEL), 2, torch.device("cuda", 1))
+    require_shareable(AutoConfig.from_pretrained(MODEL), 2, torch.device("cuda", 0))
+
+
+@needs_accelerate
 def test_a_quantised_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steering.plant.plant.chosen", lambda *_: ("int8", None))
     with pytest.raises(PlantError, match="cannot share a quantised model"):
@@ -182,6 +194,8 @@ def test_the_embedded_model_shared_and_then_left_by_a_follower() -> None:
     assert crew is not None
     (pid,) = crew.pids
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):  # the follower is deaf to them: rank 0 drains, and then says so
+            os.kill(pid, number)
         assert shared.fingerprint == alone.fingerprint
         with pytest.raises(PlantError, match="in a group"):
             Plant.load(MODEL, tensor_parallel=2)
@@ -222,20 +236,6 @@ def test_the_embedded_model_shared_and_then_left_by_a_follower() -> None:
     assert not Path(crew.folder).exists()
 
 
-def test_a_follower_is_deaf_to_signals_and_its_failure_alone_ends_all() -> None:
-    crew = Crew(2, CPU)
-    (pid,) = crew.pids
-    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 drains on these, and then says so
-        os.kill(pid, number)
-    crew.tell("step", {"engine": 7})  # an engine that it does not have
-    wait_until(lambda: crew.lost is not None)
-    assert "rank 1 failed where the others did not: KeyError: 7" in str(crew.lost)
-    with pytest.raises(TeamLost):
-        crew.tell("step", {})
-    crew.close()
-    assert gone(pid)
-
-
 def test_a_failure_of_the_leader_alone_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steering.plant.team.FOLLOWER", STUB)
     monkeypatch.setattr("steering.plant.team.GRACE_SECONDS", 0.2)
@@ -250,6 +250,95 @@ def test_a_failure_of_the_leader_alone_ends_the_others(monkeypatch: pytest.Monke
     wait_until(lambda: all(map(gone, crew.pids)))
     crew.close()
     assert not Path(crew.folder).exists()
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
+    """Rank 0 of two, whose follower fails when it is told to."""
+    monkeypatch.setattr("steering.plant.team.FOLLOWER", STUB)
+    monkeypatch.setattr("steering.plant.team.GRACE_SECONDS", 0.5)
+    crew = Crew(2, CPU)
+    yield crew
+    crew.close()
+
+
+def fail(crew: Crew, error: BaseException | None, number: int, passed: int) -> None:
+    """A block that rank 0 fails in with an error, or none, and rank 1 behind so many collectives."""
+    with crew.together("fail", {"number": number, "passed": passed, "error": "theirs"}):
+        if error is not None:
+            raise error
+
+
+def test_a_failure_of_all_at_the_same_place_leaves_them_together(stubs: Crew) -> None:
+    for n in range(3):
+        with pytest.raises(MemoryError):
+            fail(stubs, MemoryError(), n, 0)
+    assert stubs.lost is None
+
+
+def test_a_failure_of_all_at_different_places_does_not(stubs: Crew) -> None:
+    """Who is a collective behind would take the answer to the next one for its own."""
+    with pytest.raises(TeamLost, match="rank 0 failed where the others did not: MemoryError"):
+        fail(stubs, MemoryError(), 0, 1)
+
+
+def test_a_failure_that_rank_0_cannot_share_any_more_is_a_loss_at_once(
+    stubs: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steering.plant.team.GRACE_SECONDS", 60.0)
+    fail(stubs, None, 0, 0)
+    wait_until(lambda: stubs.lost is not None)
+    assert "rank 1 failed where the others did not: theirs" in str(stubs.lost)
+
+
+def test_an_interrupt_of_the_leader_ends_the_others(stubs: Crew) -> None:
+    """They are in the middle of what it left, and would answer its next question with that."""
+    with pytest.raises(KeyboardInterrupt):
+        fail(stubs, KeyboardInterrupt(), 5, 0)
+    with pytest.raises(TeamLost, match="interrupted by KeyboardInterrupt"):
+        stubs.tell("step", {})
+
+
+def test_half_a_message_is_a_loss(stubs: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steering.plant.team.send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stubs.tell("step", {})
+    assert stubs.lost is not None
+
+
+def test_who_was_told_to_end_is_told_nothing_more(stubs: Crew) -> None:
+    stubs.close()
+    with pytest.raises(TeamLost, match="as they were told to"):
+        fail(stubs, None, 0, 0)
+
+
+@pytest.mark.parametrize(("kind", "ran"), [("fill", ["fill"]), ("step", ["step", "step"])])
+def test_a_follower_whose_bank_differs_takes_no_further_step(
+    kind: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that one process could not take would steer there as what the slot held before. A step that failed is
+    another matter: rank 0 may have failed in it too."""
+    here, there = socket.socketpair()
+    for each in (kind, "step", "end"):
+        send(here, Message(each, {"engine": 7}))
+    done: list[str] = []
+    run = Follower.run
+
+    def noted(follower: Follower, message: Message) -> None:
+        done.append(message.kind)
+        run(follower, message)
+
+    monkeypatch.setattr(Follower, "run", noted)
+    monkeypatch.setattr("steering.runtime.follower.signal.signal", lambda *_: None)
+    monkeypatch.setattr("steering.runtime.follower._be_quiet", lambda: None)
+    main([str(there.detach()), "1", "2", "folder", "cpu"])
+    assert done == ran
+    told = receive(here), receive(here)
+    assert told[0] == Message("here", {}, [])
+    assert told[1] == Message("failed", {"number": 0, "passed": 0, "error": "KeyError: 7"}, [])
 
 
 def test_a_follower_ends_when_its_leader_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
@@ -35,6 +36,8 @@ class Local:
         self.calls: list[int] = []
         self.kill_at_call: int | None = None
         """Which call from now on ends the replica that takes it, before it says anything."""
+        self.kill_all_after: float | None = None
+        """Seconds after the next call at which none is left."""
 
     def living(self) -> list[int]:
         found = [index for index in range(len(self.replicas)) if index not in self.dead]
@@ -43,6 +46,8 @@ class Local:
         return found
 
     async def call(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message], None]:
+        if self.kill_all_after is not None:
+            asyncio.get_running_loop().call_later(self.kill_all_after, self.dead.update, range(len(self.replicas)))
         living = self.living()
         index = living[len(self.calls) % len(living)]
         self.calls.append(index)
@@ -95,6 +100,9 @@ class LocalFleet:
         made = Generation(len(self.generations) + 1, serving, Local([LocalReplica(self.settings, -1)]))
         self.generations.append(made)
         return made
+
+    def give_up(self) -> None:
+        """Nothing takes long."""
 
     def delete(self, generation: Generation) -> None:
         self.deleted.append(generation.number)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.presets import Presets
+from server.replicas import forward
 from server.replicas.copies import Generation
-from tests.server.replicas.conftest import Gateway, Local, until
+from server.replicas.portal import Portal
+from server.settings import ServerSettings
+from steering import PlantError, SteeringError
+from tests.server.replicas.conftest import Gateway, Local, LocalFleet, until
 from tests.server.wire import CHAT, error, events
 
 STEERED = {"steering": {"targets": {"happy": 1.0}}, "max_tokens": 6, "seed": 3, "temperature": 1.0}
 LONG = {"prompt": "the cat", "max_tokens": 3000, "ignore_eos": True, "stream": True}
-FIT = {
+FIT: dict[str, Any] = {
     "name": "fresh",
     "kind": "concept",
     "positive": ["the cat is good and happy", "we love the big dog"] * 3,
@@ -112,7 +121,8 @@ def test_a_replica_that_ends_under_a_stream_ends_it_with_an_error_and_no_other(g
 
 def test_a_client_that_goes_away_frees_its_place(gate: Gateway) -> None:
     with gate.client.stream("POST", "/v1/completions", json=LONG) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the connection ends with it
+        next(lines)
         assert gate.running() == 1
     until(lambda: gate.running() == 0, 2.0)
     until(lambda: gate.portal.generation.running == 0, 2.0)
@@ -177,7 +187,8 @@ def test_an_artifact_that_any_replica_uses_is_not_deleted(gate: Gateway) -> None
     with gate.client.stream(
         "POST", "/v1/completions", json={**LONG, "steering": {"targets": {"happy": 1}}}
     ) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the connection ends with it
+        next(lines)
         told = error(gate.client.delete("/v1/steering/artifacts/happy"), 409)
         assert "a running request" in told["message"]
     until(lambda: gate.running() == 0, 2.0)
@@ -234,3 +245,115 @@ def test_a_drain_refuses_and_ends_what_runs_too_long_with_an_error(gate: Gateway
     assert kept[-1] == "data: [DONE]"
     assert json.loads(kept[-2].removeprefix("data: "))["error"]["code"] == "aborted"
     draining.result(10)
+
+
+def test_a_gateway_that_is_told_to_end_while_it_loads_starts_no_replica(tmp_path: Path) -> None:
+    """Ray would start anew after its end, with a dashboard and a proxy on ports of its own choice."""
+    begun, told = threading.Event(), threading.Event()
+
+    @dataclass
+    class Slow(LocalFleet):
+        def start(self) -> None:
+            begun.set()
+            assert told.wait(10)
+
+        def give_up(self) -> None:
+            told.set()
+
+        def stop(self) -> None:
+            self.deleted.append(0)
+
+    fleet = Slow(ServerSettings(store=tmp_path, replicas=2))
+    portal = Portal(fleet.settings, fleet)
+
+    async def run() -> None:
+        loading = asyncio.ensure_future(portal.load())
+        await asyncio.to_thread(begun.wait, 10)
+        await portal.drain()
+        await portal.close()
+        with pytest.raises(SteeringError, match="while it was loading"):
+            await loading
+
+    asyncio.run(run())
+    assert fleet.generations == []
+    assert fleet.deleted == [0]
+
+
+def test_a_rolling_restart_without_a_model_changes_nothing(gate: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> Any:
+        raise PlantError("there is no such model")
+
+    monkeypatch.setattr("server.host.Host.load", load)
+    loop = next(iter(gate.portal._journals.values())).get_loop()
+    asyncio.run_coroutine_threadsafe(gate.portal.roll(), loop).result(30)
+    assert gate.fleet.deleted == [2]
+    assert gate.portal.generation is gate.fleet.generations[0]
+    assert gate.client.post("/v1/completions", json={"prompt": "the cat"}).status_code == 200
+    gate.fleet.generations.pop()  # nothing is to be ended there
+
+
+def test_a_write_that_is_under_way_is_not_called_refused_when_the_replicas_are_gone(
+    gate: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Presets.put
+
+    def slow(*arguments: Any) -> bool:
+        time.sleep(2.5 + 2 * forward.PATIENCE)
+        return put(*arguments)
+
+    monkeypatch.setattr(Presets, "put", slow)
+    gate.serving.dead |= {0, 1}  # noticed while the writer works
+    answer = gate.client.put("/v1/steering/presets/slow", json={"targets": {"happy": 1}})
+    assert answer.status_code == 201, answer.text
+
+
+def test_without_a_writer_a_call_that_writes_ends_and_is_not_called_refused(
+    gate: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Presets, "put", lambda *_: time.sleep(5))
+    gate.writing.kill_all_after = 0.2
+    began = time.monotonic()
+    told = error(gate.client.put("/v1/steering/presets/slow", json={"targets": {"happy": 1}}), 503)
+    assert (told["code"], time.monotonic() - began < 4.5) == ("replica_lost", True)
+    assert gate.client.post("/v1/completions", json={"prompt": "the cat"}).status_code == 200
+
+
+def test_a_job_is_known_before_its_maker_is_answered(gate: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the journal is late."""
+    (journal,) = gate.portal._journals.values()
+    journal.get_loop().call_soon_threadsafe(journal.cancel)
+    until(journal.done)
+    gate.portal.places.clear()
+    flush, known = forward._Answer._flush, list[int]()
+
+    async def flushed(self: forward._Answer) -> None:
+        known.append(len(gate.portal.ledger.all()))
+        await flush(self)
+
+    monkeypatch.setattr(forward._Answer, "_flush", flushed)
+    slow = {**FIT, "positive": FIT["positive"] * 60, "negative": FIT["negative"] * 60}
+    asked = gate.client.post("/v1/steering/fit", json=slow)
+    assert asked.status_code == 202
+    assert known == [1]
+    job = f"/v1/steering/jobs/{asked.json()['job']}"
+    assert gate.client.get(job).json()["name"] == "fresh"
+    assert gate.client.delete(job).status_code in (200, 202)
+    (running,) = gate.writing.replicas[0]._service.jobs.all()
+    assert running.stop.is_set()
+
+
+def test_an_error_of_rays_ends_neither_the_pulse_nor_the_metrics(
+    gate: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    async def broken(self: Local, method: str, *arguments: object, seconds: float = 5.0) -> list[Any]:
+        asked.append(method)
+        raise RuntimeError("the router is shut down")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Local, "each", broken)
+        until(lambda: "pulse" in asked)
+        assert 'setpoint_ready{replica="gateway"} 1.0' in gate.client.get("/metrics").text
+    gate.serving.dead |= {0, 1}
+    until(lambda: gate.client.get("/health/ready").status_code == 503, 5.0)

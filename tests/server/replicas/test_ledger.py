@@ -40,13 +40,12 @@ def test_news_that_are_late_change_nothing() -> None:
     ledger = Ledger()
     ledger.learn(document("job-1", "cancelled"), "here")
     ledger.learn(document("job-1", "running"), "here")
-    ledger.queued("job-1", "fit", "a", "here")
     assert ledger.get("job-1").state == "cancelled"
 
 
 def test_only_the_open_jobs_of_a_place_that_ends_have_failed() -> None:
     ledger = Ledger()
-    ledger.queued("job-1", "sweep", "a", "here")
+    ledger.learn(document("job-1"), "here")
     ledger.learn(document("job-2", "running"), "here")
     ledger.learn(document("job-3", "succeeded"), "here")
     ledger.learn(document("job-4", "running"), "there")
@@ -56,6 +55,15 @@ def test_only_the_open_jobs_of_a_place_that_ends_have_failed() -> None:
     assert ledger.get("job-1").error is not None
     assert (ledger.is_busy("here"), ledger.is_busy("there")) == (False, True)
     assert ledger.counts()["failed"] == 2
+
+
+def test_the_last_words_of_a_place_that_has_ended_leave_no_job_open() -> None:
+    ledger = Ledger()
+    ledger.lose("here")
+    ledger.learn(document("job-1", "running"), "here")
+    ledger.learn(document("job-2", "succeeded"), "here")
+    assert [job.state for job in ledger.all()] == ["failed", "succeeded"]
+    assert not ledger.is_busy("here")
 
 
 def test_what_is_not_there_or_over_cannot_be_cancelled_here() -> None:
@@ -70,6 +78,6 @@ def test_what_is_not_there_or_over_cannot_be_cancelled_here() -> None:
 
 def test_it_ends_with_jobs_that_are_open_elsewhere() -> None:
     ledger = Ledger()
-    ledger.queued("job-1", "fit", "a", "here")
+    ledger.learn(document("job-1"), "here")
     ledger.close()
     assert ledger.get("job-1").state == "queued"

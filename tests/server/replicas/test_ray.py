@@ -5,12 +5,14 @@ Ray takes some twenty seconds of two cores to start, so that one run answers for
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.replicas.fleet import RayCopies, RayFleet
+from server.settings import ServerSettings
+from steering import SpecError
 from tests.server.replicas.conftest import until
 
 pytest.importorskip("ray.serve", reason="pip install 'setpoint[ray]'")
@@ -118,7 +123,7 @@ def _listening(pids: list[int]) -> list[bool]:
 def _stream(address: str, begun: threading.Barrier, ends: list[list[dict[str, Any]]]) -> None:
     with httpx.Client(timeout=120) as client, client.stream("POST", f"{address}/v1/completions", json=LONG) as response:
         assert response.status_code == 200
-        documents = []
+        documents: list[dict[str, Any]] = []
         for line in response.iter_lines():
             if line == "data: [DONE]":
                 ends.append(documents)
@@ -133,6 +138,53 @@ def _engines(client: httpx.Client) -> dict[str, float]:
     name = "setpoint_num_requests_running{"
     lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(name)]
     return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_closing_a_call_ends_it_on_the_replica_at_once() -> None:
+    class Items:
+        is_cancelled = False
+
+        def options(self, **_: Any) -> Items:
+            return self
+
+        def remote(self, *_: Any) -> Items:
+            return self
+
+        def __aiter__(self) -> Items:
+            return self
+
+        async def __anext__(self) -> list[Any]:
+            return []
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+    async def leave() -> bool:
+        call = RayCopies(items := Items()).call({}, b"")
+        await anext(call)
+        await call.aclose()
+        return items.is_cancelled
+
+    assert asyncio.run(leave())
+
+
+def test_a_ray_that_does_not_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: Any) -> None:
+        raise RuntimeError("it took too long")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # to be as it was afterwards
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    fleet = RayFleet(ServerSettings(replicas=2))
+    with pytest.raises(SpecError, match="Ray to start"):
+        fleet.start()
+    fleet.stop()
+    assert not list(tmp_path.glob("setpoint-ray-*"))
 
 
 def test_two_replicas_serve_and_the_loss_of_one_is_the_loss_of_its_streams(command: Command) -> None:
@@ -184,3 +236,16 @@ def test_two_replicas_serve_and_the_loss_of_one_is_the_loss_of_its_streams(comma
         assert command.process.wait(60) == 0
         assert command.said() == []
         until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in below), 30)
+
+
+def test_told_to_end_while_it_loads_it_ends_and_starts_nothing_more(command: Command) -> None:
+    until(lambda: len(command.descendants()) > 1, 120)  # Ray has begun
+    below = command.descendants()
+    command.process.send_signal(signal.SIGTERM)
+    while command.process.poll() is None:
+        below += [pid for pid in command.descendants() if pid not in below]
+        time.sleep(0.1)
+    assert command.process.returncode == 0, "".join(command.lines[-20:])
+    assert command.said() == []
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in below), 30)
+    assert not list(Path(tempfile.gettempdir()).glob(f"setpoint-ray-{command.process.pid}-*"))
