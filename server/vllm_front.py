@@ -17,6 +17,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -34,7 +35,10 @@ from steering.vllm.handshake import Handshake
 STORE_VARIABLE = "SETPOINT_STORE"
 """Environment variable: the store that names are looked up in."""
 EVERY = 64
-"""Outputs of a request after which what was measured is taken, so that workers need not keep long answers whole."""
+"""Outputs of a stream after which its measurements are checked: one that diverges ends within so many tokens."""
+SECONDS = 0.5
+"""Between two times that what was measured is taken while steered requests run: whoever asks for no stream is heard of
+at its end alone, and workers have no room for so much."""
 
 
 async def steered(generate: Callable[..., Any], llm: Any, prompt: Any, params: Any, *rest: Any, **more: Any) -> Any:
@@ -44,8 +48,9 @@ async def steered(generate: Callable[..., Any], llm: Any, prompt: Any, params: A
     call = None
     try:
         call = await front.open(prompt, params)
-        async for output in generate(llm, prompt, call.params, *rest, **more):
-            yield await call.account(output)
+        async with aclosing(generate(llm, prompt, call.params, *rest, **more)) as outputs:
+            async for output in outputs:
+                yield await call.account(output)
     except (SteeringError, ApiError) as error:
         raise _refused(error) from error
     finally:
@@ -72,9 +77,8 @@ class Front:
         self.accounts = Accounts()
         self._llm = llm
         self._lock = asyncio.Lock()
-        self._store = open_store(os.environ.get(STORE_VARIABLE) or default_store())
-        self._presets = Presets(self._store.place)
-        self._ready: tuple[Handshake, Plant, Shelf] | None = None
+        self._ready: tuple[Handshake, Plant, Shelf, Presets] | None = None
+        self._taking: asyncio.Task[None] | None = None
 
     async def open(self, prompt: Any, params: Any) -> Call:
         """Begin a steered request. Raises SteeringError or ApiError that names the field."""
@@ -83,10 +87,8 @@ class Front:
         if not isinstance(prompt, dict) or not prompt.get("prompt_token_ids") or prompt.get("type") != "token":
             raise SpecError(ASKED, expected="null for a prompt that is not plain text")
         spec = _parsed(params.extra_args[ASKED])
-        handshake, plant, shelf = await self._prepared()
-        composition = self._composed(spec)
-        loop = asyncio.get_running_loop()
-        program: Program = await loop.run_in_executor(None, composition.program, shelf)
+        handshake, plant, shelf, presets = await self._prepared()
+        composition, program = await asyncio.to_thread(_compiled, spec, shelf, presets)
         n_prompt = len(prompt["prompt_token_ids"])
         limit = params.max_tokens or self._llm.model_config.max_model_len - n_prompt
         composition.check_scopes(program, n_prompt, limit - 1)
@@ -94,16 +96,18 @@ class Front:
             raise SpecError("steering.guard.max_kl", expected="null: this engine runs no unsteered twin")
         handshake.check(program)
         check_widths(program, plant)
-        return Call(self, program, params, n_prompt)
+        call = Call(self, program, params, n_prompt)
+        if program.acts:
+            self.keep_taking()
+        return call
 
-    async def _prepared(self) -> tuple[Handshake, Plant, Shelf]:
+    async def _prepared(self) -> tuple[Handshake, Plant, Shelf, Presets]:
         async with self._lock:
             if self._ready is None:
                 answers = await self._answers()
-                plant = await asyncio.get_running_loop().run_in_executor(None, self._loaded)
+                plant, shelf, presets = await asyncio.to_thread(self._loaded)
                 handshake = Handshake.shake(lambda _: answers, plant.width, plant.depth)
-                about = {"model": plant.fingerprint, "depth": plant.depth, "width": plant.width}
-                self._ready = handshake, plant, Shelf(self._store, **about, caution=plant.caution)
+                self._ready = handshake, plant, shelf, presets
         return self._ready
 
     async def _answers(self) -> list[Any]:
@@ -116,21 +120,24 @@ class Front:
             ) from error
         return answers
 
-    def _loaded(self) -> Plant:
-        """The plant of vLLM's model, without its weights: what names and shapes need."""
+    def _loaded(self) -> tuple[Plant, Shelf, Presets]:
+        """The plant of vLLM's model, without its weights: what names and shapes need; and the store's names."""
+        store = open_store(os.environ.get(STORE_VARIABLE) or default_store())
         plant = load_plant(self._llm.model_config.model, "cpu")
-        _ = plant.fingerprint, plant.massive
+        about = {"model": plant.fingerprint, "depth": plant.depth, "width": plant.width, "caution": plant.caution}
         plant.model.to("meta")
-        return plant
+        return plant, Shelf(store, **about), Presets(store.place)
 
-    def _composed(self, spec: SteeringSpec) -> Composition:
-        if spec.trace != "none":
-            raise SpecError("steering.trace", expected="none: vLLM's responses have no place for traces")
-        parts = [Part(spec)]
-        if spec.preset is not None:
-            saved = Part.of_saved(self._presets.asked(spec.preset), "steering.preset", f"preset {spec.preset!r}")
-            parts.insert(0, saved)
-        return Composition(tuple(parts))
+    def keep_taking(self) -> None:
+        """Take what was measured now and then, as long as somebody is steered."""
+        if self._taking is None or self._taking.done():
+            self._taking = asyncio.create_task(self._take_often())
+
+    async def _take_often(self) -> None:
+        while self.accounts:
+            await asyncio.sleep(SECONDS)
+            with suppress(Exception):  # of vLLM's, whose requests are told by vLLM
+                await self.take()
 
     async def take(self) -> None:
         """Take what was measured so far. One after another: who waits finds what the one before took for all."""
@@ -180,6 +187,18 @@ class Call:
         """End it, whichever way it ended."""
         for name in self._names:
             self._front.accounts.close(name)
+
+
+def _compiled(spec: SteeringSpec, shelf: Shelf, presets: Presets) -> tuple[Composition, Program]:
+    """What a steering object asks for, read from the store: not on the event loop's thread."""
+    if spec.trace != "none":
+        raise SpecError("steering.trace", expected="none: vLLM's responses have no place for traces")
+    parts = [Part(spec)]
+    if spec.preset is not None:
+        saved = Part.of_saved(presets.asked(spec.preset), "steering.preset", f"preset {spec.preset!r}")
+        parts.insert(0, saved)
+    composition = Composition(tuple(parts))
+    return composition, composition.program(shelf)
 
 
 def _check(settled: Settled) -> None:

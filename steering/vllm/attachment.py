@@ -24,6 +24,8 @@ KEY = "setpoint"
 """Where a compiled program stands in `extra_args`."""
 ASKED = "steering"
 """Where a client's steering stands in `extra_args` (`vllm_xargs` of a request) before it is compiled."""
+MARK = "salted"
+"""What the engine core sets in an attachment: the plugin is there, and names the blocks of the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,18 @@ class Attachment:
 
     @classmethod
     def read(cls, args: Mapping[str, Any]) -> Attachment:
-        """What `to_args` made. Raises SpecError for another protocol, ArtifactCorrupt for a damaged program."""
+        """What `to_args` made and the engine core marked. Raises SpecError for another protocol and where the mark is
+        missing, ArtifactCorrupt for a damaged program."""
         protocol = args.get("protocol")
         if protocol != PROTOCOL:
             raise SpecError(
                 f"{KEY}.protocol", expected=str(PROTOCOL), got=protocol, advice="use one version of Setpoint throughout"
+            )
+        if MARK not in args:
+            raise SpecError(
+                KEY,
+                expected="an engine core with Setpoint's plugin in it, which keeps steered blocks of the cache apart",
+                advice="install setpoint in its environment, and do not leave it out of VLLM_PLUGINS",
             )
         return cls(str(args["name"]), unpack(args["program"]), int(args["first"]), int(args["choices"]))
 

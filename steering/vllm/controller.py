@@ -161,7 +161,7 @@ class Controller:
             try:
                 slot = self._bank.acquire(program)
             except BankFull:
-                for waiting in self._holding - set(wanted):
+                for waiting in sorted(self._holding - set(wanted)):
                     self._drop(waiting)
                 self._resolve = Resolver()  # a frame that is kept may have a slot that was given away
                 slot = self._bank.acquire(program)
@@ -191,7 +191,8 @@ class Controller:
             work = Launches.of(frame, shape, self._device)
             self._prepared = (frame, work)
             sites = {*work.writes, *work.kept, *(spot.gate.site for spot in frame.spots)}
-            self._due = frozenset(self._install(site) for site in sites)
+            # Hooks of one module run in the order they came, and gather: it must be the same on every rank.
+            self._due = frozenset([self._install(site) for site in sorted(sites)])
         return self._prepared[1]
 
     def _install(self, site: Site) -> str:
@@ -227,7 +228,7 @@ class Controller:
             return
         self._seen.add(place)
         own = self.places[place]
-        rows_TD = state.reshape(-1, state.shape[-1])[: self._n_tokens]
+        rows_TD = state.view(-1, state.shape[-1])[: self._n_tokens]  # never a copy, which would go unread
         if own.columns is None and not own.is_sharded:
             self._act(own, rows_TD)
             return
@@ -317,4 +318,5 @@ class Controller:
     def take(self) -> bytes:
         """All that was measured since the last time, which is forgotten here. Nothing on other ranks than the first."""
         self.land()
-        return self.outbox.take() if self.ranks.rank == 0 else b""
+        parcel = self.outbox.take()
+        return parcel if self.ranks.rank == 0 else b""

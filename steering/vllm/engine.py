@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from kernels import warm
-from steering.errors import Diverged, PlantError, SpecError, SteeringError
+from steering.errors import Diverged, PlantError, SpecError, SteeringError, TeamLost
 from steering.plant.plant import Plant
 from steering.runtime.checks import check, diverged, failed
 from steering.runtime.desk import Desk, hand_over
@@ -54,6 +55,8 @@ class VllmEngine(Desk):
         self._accounts = Accounts()
         self._llm: Any = None
         self._failure: BaseException | None = None
+        self._lost: TeamLost | None = None
+        self._on_loss: list[Callable[[TeamLost], None]] = []
         opened = threading.Event()
         # All of vLLM happens on one thread: where it is made it also steps.
         self._thread: threading.Thread | None = threading.Thread(
@@ -77,9 +80,11 @@ class VllmEngine(Desk):
 
         Raises QueueFull, PlantError if it is longer than a sequence may be, DimensionMismatch or PlantError if its
         program does not fit the model or asks for a site that vLLM's modelling code does not show, and SpecError for
-        what vLLM does not have.
+        what vLLM does not have. TeamLost once one of vLLM's workers has ended.
         """
         self._check_open()
+        if self._lost is not None:
+            raise TeamLost(self._lost.message)
         check(request, self.plant, self.max_model_len, self.settings.max_batch)
         if len(request.prompt) == self.max_model_len:  # only where max_tokens is 0
             raise PlantError(
@@ -91,6 +96,14 @@ class VllmEngine(Desk):
             self.handshake.check(request.program)
         self._verify(request)
         self._queue(Live.of(Sequence(request), deliver, self._decode, self.eos))
+
+    def on_loss(self, call: Callable[[TeamLost], None]) -> None:
+        """Call with the reason if a worker ends that should not; at once if one did. From a thread of vLLM's."""
+        with self._wake:
+            if self._lost is None:
+                self._on_loss.append(call)
+                return
+        call(self._lost)
 
     def start(self) -> None:
         """Does nothing: the steps run from the beginning, until `stop`."""
@@ -129,6 +142,16 @@ class VllmEngine(Desk):
             finished=dict(self._finished),
         )
 
+    def _lose(self) -> None:
+        """Note that vLLM's workers are gone, and tell whoever waits for that."""
+        with self._wake:
+            if self._lost is not None or self._closing:
+                return
+            self._lost = TeamLost("A worker of vLLM's that shares the model ended: start again.")
+            waiting, self._on_loss = self._on_loss, []
+        for call in waiting:
+            call(self._lost)
+
     def _verify(self, request: Request) -> None:
         """Ask vLLM whether it can draw as the request says. Raises SpecError."""
         try:
@@ -165,6 +188,8 @@ class VllmEngine(Desk):
     def _open(self) -> None:
         """Make vLLM's engine and shake hands with every worker."""
         self._llm = launch(self.plant, self.settings, self._figures.attach)
+        self._executor = self._llm.engine_core.engine_core.model_executor
+        self._executor.register_failure_callback(self._lose)
         config = self._llm.vllm_config
         self._verifying = (
             config.model_config,
@@ -218,12 +243,20 @@ class VllmEngine(Desk):
             if self._accounts:
                 self._accounts.file(self._llm.collective_rpc("setpoint_take")[0])
         except Exception as error:
+            if getattr(self._executor, "is_failed", False):
+                self._lose()
             for live in list(self._live.values()):
-                self._finish(live.finished("error", error=failed(error)))
+                wrong = failed(error) if self._lost is None else TeamLost(self._lost.message)
+                self._finish(live.finished("error", error=wrong))
             return
         for output in outputs:
-            if output.request_id in self._live:
-                self._commit(self._live[output.request_id], output)
+            if (one := self._live.get(output.request_id)) is None:
+                continue
+            try:
+                self._commit(one, output)
+            except Exception as error:  # that request's own affair
+                if output.request_id in self._live:
+                    self._finish(one.finished("error", error=failed(error)))
 
     def _commit(self, live: Live, output: Any) -> None:
         """Take what a step gave one request."""
@@ -255,12 +288,8 @@ class VllmEngine(Desk):
             return False
         sequence.tokens.append(token)
         self._counts["generated_tokens"] += 1
-        try:
-            told = None if logprobs is None else reported(token, logprobs, request.sampling.logprobs or 0)
-            delta, finished = live.push(Drawn(token, told), settled.trace if request.trace else None)
-        except Exception as wrong:
-            self._finish(live.finished("error", error=failed(wrong)))
-            return False
+        told = None if logprobs is None else reported(token, logprobs, request.sampling.logprobs or 0)
+        delta, finished = live.push(Drawn(token, told), settled.trace if request.trace else None)
         if not hand_over(live, delta):
             finished = live.finished("abort")
         if finished is not None:

@@ -16,7 +16,7 @@ from functools import wraps
 from typing import Any
 
 from steering.errors import SpecError
-from steering.vllm.attachment import ASKED, KEY
+from steering.vllm.attachment import ASKED, KEY, MARK
 
 Keys = tuple[tuple[Any, ...] | None, int]
 """Extra keys of a block, and what vLLM's function returns beside them."""
@@ -44,11 +44,18 @@ def salted(generate: Callable[..., Keys]) -> Callable[..., Keys]:
 
 
 def check_compiled(request: Any) -> None:
-    """Raises SpecError where a client's steering came as far as the engine core without being compiled."""
+    """Leave the core's mark on a program, without which no worker runs it: its blocks are named as they must be.
+
+    Raises SpecError where a client's steering came as far as here without being compiled.
+    """
     args = getattr(request.sampling_params, "extra_args", None) or {}
-    if ASKED in args:
+    attached = args.get(KEY, {})
+    is_shaped = isinstance(attached, dict) and (not attached or isinstance(attached.get("first"), int))
+    if ASKED in args or not is_shaped:
         raise SpecError(
-            ASKED,
+            ASKED if ASKED in args else KEY,
             expected="a request whose steering was compiled in the front",
             advice="load Setpoint's plugin in the process that takes the requests",
         )
+    if attached:
+        attached[MARK] = True

@@ -131,6 +131,10 @@ def refusal(config: Any) -> str:
         > 1,
         "dual batch overlap": bool(getattr(parallel, "enable_dbo", False)),
         "data parallelism within one engine: run replicas": parallel.data_parallel_size > 1,
+        "several API servers, which would take each other's measurements: use --api-server-count 1": getattr(
+            parallel, "_api_process_count", 1
+        )
+        > 1,
         "LoRA, whose adapters would change what concepts were fitted on": config.lora_config is not None,
         "an encoder, or inputs other than text": config.model_config.is_encoder_decoder
         or config.model_config.is_multimodal_model,

@@ -32,14 +32,18 @@ def asked(prompt: Sequence[int], program: Program | None = None, max_tokens: int
 
 
 def run(
-    folder: Path, rounds: Sequence[Sequence[dict[str, Any]]], env: dict[str, str] | None = None, **settings: Any
+    folder: Path,
+    rounds: Sequence[Sequence[dict[str, Any]]],
+    env: dict[str, str] | None = None,
+    module: str = "tests.vllm.offline",
+    **settings: Any,
 ) -> dict[str, Any]:
-    """The result of a job; `settings` go to vLLM, `env` to its process."""
+    """The result of a job; `settings` go to vLLM, `env` to its process, which runs `module`."""
     job, result = folder / "job.json", folder / "result.json"
     job.write_text(json.dumps({"settings": settings, "rounds": rounds}))
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     own = os.environ | quiet | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    call = [sys.executable, "-m", "tests.vllm.offline", str(job), str(result)]
+    call = [sys.executable, "-m", module, str(job), str(result)]
     done = subprocess.run(
         call, cwd=ROOT, env=own | (env or {}), capture_output=True, text=True, timeout=280, check=False
     )

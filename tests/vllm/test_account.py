@@ -151,6 +151,9 @@ def test_the_first_steered_position_is_that_of_the_scopes(scope: Scope, first: i
 
 def test_an_attachment_comes_back_and_one_of_another_protocol_does_not() -> None:
     args = Attachment.of("r", program(), N_PROMPT, choices=2).to_args()
+    with pytest.raises(SpecError, match="engine core with Setpoint's plugin"):
+        Attachment.read(args)  # the core did not see it: its blocks would be everybody's
+    check_compiled(SimpleNamespace(sampling_params=SimpleNamespace(extra_args={KEY: args})))
     back = Attachment.read(args)
     assert (back.name, back.first, back.choices) == ("r", 0, 2)
     assert back.program.fingerprint == args["fingerprint"]
@@ -181,8 +184,9 @@ def test_blocks_before_the_first_steered_position_are_everybodys() -> None:
     )
 
 
-def test_steering_that_was_not_compiled_does_not_pass_the_core() -> None:
-    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={ASKED: "{}"}))
+@pytest.mark.parametrize("extra", [{ASKED: "{}"}, {KEY: "x"}, {KEY: {"protocol": 1}}], ids=str)
+def test_steering_that_was_not_compiled_does_not_pass_the_core(extra: dict[str, Any]) -> None:
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra))
     with pytest.raises(SpecError, match="compiled in the front"):
         check_compiled(request)
     check_compiled(SimpleNamespace(sampling_params=None))

@@ -354,6 +354,17 @@ def test_a_step_that_fails_ends_its_requests_and_no_later_one(
     assert idle(engine)
 
 
+def test_what_cannot_be_told_of_one_request_ends_it_alone(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("secret detail")
+
+    monkeypatch.setattr("steering.vllm.engine.reported", fail)
+    fields: list[dict[str, Any]] = [{"prompt_logprobs": 1}, {"logprobs": 1}, {}]
+    ends = engine.generate([request(f"told-{i}", max_tokens=4, **more) for i, more in enumerate(fields)])
+    assert [end.reason for end in ends] == ["error", "error", "length"]
+    assert idle(engine)
+
+
 def test_too_many_are_turned_away_and_an_id_is_used_once(engine: VllmEngine) -> None:
     many = [request(f"many-{i}", max_tokens=300, ignore_eos=True) for i in range(13)]
     for one in many[:12]:
@@ -380,9 +391,17 @@ def test_its_place_and_its_tokens_are_counted(engine: VllmEngine) -> None:
     assert all(end.queued_seconds is not None and 0 <= end.queued_seconds < 30 for end in ends)
 
 
-def test_stopping_lets_those_that_run_finish_and_takes_no_more() -> None:
-    own = VllmEngine(plant(), VllmSettings(max_batch=2, max_model_len=128))
+def test_interrupted_requests_are_measured_once_and_stopping_takes_no_more(native: Engine) -> None:
+    own = VllmEngine(plant(), VllmSettings(max_batch=3, max_model_len=128, kv_tokens=160))
     assert own.max_model_len == 128
+    requests = [
+        request(name, own=program(apply=Scope(prompt="all")), max_tokens=90, ignore_eos=True)
+        for name in ("a", "b", "c")
+    ]
+    for found, expected in both(own, native, requests):
+        assert told(found) == told(expected)
+        receipts(found, expected)
+    assert own.stats().preempted > 0
     ends: list[Finished] = []
     own.submit(
         request("running", max_tokens=20, own=program()), lambda e: ends.append(e) if isinstance(e, Finished) else None

@@ -78,14 +78,23 @@ def served(store: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def vllm(store: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server with the vLLM engine, and a client of it."""
+    with served(store, "--engine", "vllm", "--model-impl", "transformers", "--drain-seconds", "1") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pair(store: Path, vllm: tuple[subprocess.Popen[str], httpx.Client]) -> Iterator[tuple[httpx.Client, httpx.Client]]:
     """A client of the vLLM engine, and one of the native engine, over one store."""
-    store = tmp_path_factory.mktemp("store")
-    with (
-        served(store, "--engine", "vllm", "--model-impl", "transformers") as (_, one),
-        served(store) as (_, other),
-    ):
-        assert one.put("/v1/steering/presets/glad", json=TOWARDS).status_code in (200, 201)
+    _, one = vllm
+    assert one.put("/v1/steering/presets/glad", json=TOWARDS).status_code in (200, 201)
+    with served(store) as (_, other):
         yield one, other
 
 
@@ -159,35 +168,24 @@ def test_the_same_metrics(pair: tuple[httpx.Client, httpx.Client]) -> None:
     assert found == expected
 
 
-def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
-    with served(tmp_path, "--engine", "vllm", "--drain-seconds", "1") as (running, client):
-        refused = client.post(CALLS["neurons"][0], json=CALLS["neurons"][1])
-        assert refused.status_code == 400
-        assert refused.json()["error"]["param"] == "steering"
-        assert "--model-impl transformers" in refused.json()["error"]["message"]
-        body = {"prompt": "The film", "max_tokens": 480, "ignore_eos": True, "stream": True, "n": 4}
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            running.send_signal(signal.SIGTERM)
-            *_, last = [line for line in lines if line]
-        assert last == "data: [DONE]"
-        assert running.wait(timeout=30) == 0
+def test_a_signal_ends_it_in_order(vllm: tuple[subprocess.Popen[str], httpx.Client]) -> None:
+    """The last test of this server."""
+    running, client = vllm
+    body = {"prompt": "The film", "max_tokens": 480, "ignore_eos": True, "stream": True, "n": 4}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        running.send_signal(signal.SIGTERM)
+        *_, last = [line for line in lines if line]
+    assert last == "data: [DONE]"
+    assert running.wait(timeout=30) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("--max-model-len", "4096"), "max_model_len"),
-        (("--quantization", "int8-outliers"), "quantization"),
-        (("--kv-tokens", "10"), "kv_tokens"),
-        (("no/such/folder",), "does not exist"),
-    ],
-    ids=str,
-)
-def test_what_it_cannot_start_with_is_told_in_a_line(arguments: tuple[str, ...], part: str, tmp_path: Path) -> None:
+def test_what_it_cannot_start_with_is_told_in_a_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "serve", "--engine", "vllm", "--port", "0", "--store", str(tmp_path)]
-    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        [*command, "--quantization", "int8-outliers"], capture_output=True, text=True, timeout=120, check=False
+    )
     assert ended.returncode != 0
-    assert part in ended.stderr
+    assert "quantization" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from steering import EngineSettings, PlantError, SpecError, SteeringError, VllmEngine, VllmSettings
 from steering.vllm.attachment import PROTOCOL
 from steering.vllm.handshake import HELLO, Handshake
+from steering.vllm.worker import refusal
 from tests.vllm.common import plant, program
 
 GOOD: dict[str, Any] = {
@@ -86,6 +88,35 @@ def test_settings_that_cannot_be_are_refused_by_name(fields: dict[str, Any], par
         VllmSettings(**fields)
     assert raised.value.param == param
     assert isinstance(VllmSettings(), EngineSettings)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "told"),
+    [
+        ("", "speculative_config", object(), "speculative decoding"),
+        ("", "lora_config", object(), "LoRA"),
+        ("", "kv_transfer_config", object(), "transfer"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline"),
+        ("parallel_config", "data_parallel_size", 2, "data parallelism"),
+        ("parallel_config", "_api_process_count", 2, "several API servers"),
+        ("model_config", "is_multimodal_model", True, "other than text"),
+        ("model_config", "runner_type", "pooling", "does not generate"),
+        ("compilation_config", "cudagraph_mode", SimpleNamespace(has_full_cudagraphs=lambda: True), "whole steps"),
+    ],
+    ids=str,
+)
+def test_a_worker_refuses_what_steering_would_be_wrong_under(part: str, field: str, value: object, told: str) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1, _api_process_count=1),
+        model_config=SimpleNamespace(is_encoder_decoder=False, is_multimodal_model=False, runner_type="generate"),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+    )
+    assert refusal(config) == ""
+    setattr(getattr(config, part) if part else config, field, value)
+    assert told in refusal(config)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")

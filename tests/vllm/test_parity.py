@@ -120,11 +120,26 @@ def rounds(programs: dict[str, Program]) -> list[list[dict[str, Any]]]:
     return [[asked(prompt_of(order.index(name)), own) for name, own in programs.items()]]
 
 
-def test_every_site_under_transformers_code(tmp_path: Path) -> None:
-    programs = {**residual(), **inner()}
-    told = run(tmp_path, rounds(programs), model_impl="transformers", enforce_eager=True)
-    assert told["hello"][0]["taps"] == list(TAPS)
-    assert_same(programs, told["rounds"][0])
+ALIKE = ("", "late", "late", "whole", "whole", "")
+"""How requests with one and the same long prompt are steered that come after one another."""
+
+
+def alike() -> list[Program | None]:
+    programs = {"": None, "late": program(), "whole": program(apply=EVERYWHERE)}
+    return [programs[name] for name in ALIKE]
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What transformers' code, not compiled, gives of every program, and then of prompts that begin alike."""
+    after = [[asked(long_chat(), own)] for own in alike()]
+    batches = [*rounds({**residual(), **inner()}), *after]
+    return run(tmp_path_factory.mktemp("eager"), batches, model_impl="transformers", enforce_eager=True)
+
+
+def test_every_site_under_transformers_code(eager: dict[str, Any]) -> None:
+    assert eager["hello"][0]["taps"] == list(TAPS)
+    assert_same({**residual(), **inner()}, eager["rounds"][0])
 
 
 def test_vllms_own_code_adds_hidden_and_residual(tmp_path: Path) -> None:
@@ -137,11 +152,12 @@ def test_vllms_own_code_adds_hidden_and_residual(tmp_path: Path) -> None:
         assert one["tokens"] == together["tokens"]
 
 
-@pytest.mark.parametrize("impl", ["transformers", "vllm"])
-def test_compiled(tmp_path: Path, impl: str) -> None:
-    told = run(tmp_path, rounds(residual()), model_impl=impl, enforce_eager=False)
+def test_compiled(tmp_path: Path) -> None:
+    """vLLM's own code, which has hooks of both kinds."""
+    programs = {name: residual()[name] for name in ("none", "lqr", "whole", "token gate", "several", "final")}
+    told = run(tmp_path, rounds(programs), model_impl="vllm", enforce_eager=False)
     assert told["hello"][0]["compiled"]
-    assert_same(residual(), told["rounds"][0])
+    assert_same(programs, told["rounds"][0])
 
 
 def test_the_newer_runner(tmp_path: Path) -> None:
@@ -154,23 +170,22 @@ def test_the_newer_runner(tmp_path: Path) -> None:
 
 def test_two_ranks_address_neurons_and_heads_of_the_whole_model(tmp_path: Path) -> None:
     programs = {**residual(), **inner()}
-    told = run(tmp_path, rounds(programs), model_impl="transformers", enforce_eager=True, tensor_parallel_size=2)
-    assert [hello["rank"] for hello in told["hello"]] == [0, 1]
+    told = run(tmp_path, rounds(programs), module="tests.vllm.ranks", model_impl="transformers")
+    assert told["ranks"] == 2
     assert_same(programs, told["rounds"][0])
+    expected = {"ended": "TeamLost", "heard": ["TeamLost"], "after": "TeamLost", "workers": 2}
+    assert told["killed"] == expected, "a worker that dies ends what runs, and the engine"
 
 
-def test_the_prefix_cache_shares_what_is_alike_and_nothing_else(tmp_path: Path) -> None:
+def test_the_prefix_cache_shares_what_is_alike_and_nothing_else(eager: dict[str, Any]) -> None:
     prompt = long_chat()
-    late, whole = program(), program(apply=EVERYWHERE)
-    order = [None, late, late, whole, whole, None]
-    told = run(tmp_path, [[asked(prompt, own)] for own in order], model_impl="transformers", enforce_eager=True)
-    ends = [one for (one,) in told["rounds"]]
+    ends = [one for (one,) in eager["rounds"][1:]]
     shared = (len(prompt) - 1) // 32 * 32  # whole blocks before the first steered position are anybody's
     assert shared > 0
     assert [one["cached"] for one in ends] == [0, shared, shared, 0, 0, shared]
     assert ends[0]["tokens"] == ends[5]["tokens"]
     engine = Engine(plant(), EngineSettings(max_batch=1, prefix_cache=False))
-    for own, one in zip(order, ends, strict=True):
+    for own, one in zip(alike(), ends, strict=True):
         (done,) = engine.generate(
             [Request("r", prompt, request("r", max_tokens=8, ignore_eos=True).sampling, own or Program())]
         )

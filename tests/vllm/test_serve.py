@@ -72,7 +72,10 @@ def _post(port: int, more: dict[str, Any]) -> tuple[int, Any]:
     asked = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(asked, timeout=120) as answer:
-            return answer.status, json.load(answer)
+            if not body.get("stream"):
+                return answer.status, json.load(answer)
+            lines = [line.decode().removeprefix("data: ").strip() for line in answer if line.startswith(b"data: {")]
+            return answer.status, [json.loads(line) for line in lines]
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
@@ -130,6 +133,24 @@ def test_what_is_wrong_is_a_400_that_names_the_field(post: Post, spec: object, p
     assert (status, answer["error"]["param"]) == (400, param), answer
 
 
-def test_a_client_cannot_send_a_program(post: Post) -> None:
-    status, answer = post({"vllm_xargs": {"setpoint": "x"}})
-    assert (status, answer["error"]["param"]) == (400, "setpoint")
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"vllm_xargs": {"setpoint": "x"}}, "setpoint"),
+        ({"steering": {"targets": {"positive": 1.5}}}, "steering"),
+        (steering({"targets": {"positive": 1.5}}, use_beam_search=True, n=2), "use_beam_search"),
+        ({"vllm_xargs": {"setpoint": "x"}, "use_beam_search": True, "n": 2}, "use_beam_search"),
+    ],
+    ids=["a program of the client's own", "where vLLM drops it", "a beam search", "a program in a beam search"],
+)
+def test_what_could_not_be_steered_is_not_served(post: Post, body: dict[str, Any], param: str) -> None:
+    status, answer = post(body)
+    assert (status, answer["error"]["param"]) == (400, param), answer
+
+
+def test_a_stream_is_steered_and_says_what_is_wrong(post: Post) -> None:
+    _, whole = post(steering({"targets": {"positive": 1.5}}))
+    chunks = post(steering({"targets": {"positive": 1.5}}, stream=True))[1]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
+    (error,) = post(steering({"targets": {"nobody": 1.0}}, stream=True))[1]
+    assert (error["error"]["code"], error["error"]["param"]) == (400, "steering.targets.nobody")
