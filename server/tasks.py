@@ -57,14 +57,20 @@ def _fit(host: Host, name: str, examples: tuple[list[Example], list[Example]], s
     with own_stream(host.plant.device):
         pace = _pace(host, job)
         if isinstance(settings, FitSettings):
-            concept = fit_concept(host.plant, name, *examples, settings, job.report, pace)
+            concept = fit_concept(host.plant, name, *examples, settings, partial(_report, job), pace)
             artifact, quality, doubt = concept.artifact(), concept.quality, warning(concept.quality)
         else:
-            plan = fit_plan(host.plant, name, *examples, settings, job.report, pace)
+            plan = fit_plan(host.plant, name, *examples, settings, partial(_report, job), pace)
             artifact, quality, doubt = plan.artifact(), plan.quality, plan_warning(plan.quality)
     result: Json = {"fingerprint": artifact.fingerprint, "quality": dict(quality), "warning": doubt}
     _keep(host, artifact, job)
     return Done(name, result)
+
+
+def _report(job: Job, stage: str, progress: float) -> None:
+    """Tell how far a fit is. That it is done is not said of the job, which has yet to save."""
+    if stage != "done":
+        job.report(stage, progress)
 
 
 def _keep(host: Host, artifact: Artifact, job: Job) -> None:

@@ -97,6 +97,7 @@ def test_a_fit_is_told_and_can_be_used_at_once(http: httpx.Client, store: Path) 
     states = [one["state"] for one in found]
     assert states == sorted(states, key=["queued", "running", "succeeded"].index)
     assert states[-1] == "succeeded"
+    assert [one["state"] for one in found if one["stage"] == "done"] == ["succeeded"]
     progress = [one["progress"] for one in found]
     assert progress == sorted(progress)
     last = found[-1]
