@@ -20,8 +20,8 @@ from steering.plant.massive import Caution
 P = TypeVar("P", bound=Plan)
 KEPT = 512
 """Concepts, and plans, that a shelf keeps loaded: a concept of an 8B model has a megabyte or two."""
-NAMED, NEAREST = 16, 5
-"""Up to so many artifacts an error about an unknown name looks at all; of more it tells the nearest few."""
+NAMED, CLOSE, NEAREST = 64, 16, 5
+"""An error about an unknown name looks at up to so many artifacts; of more at the closest, and names the nearest."""
 COMPARED = 256
 """Names, next to the unknown one in the order of letters, among which those are looked for."""
 
@@ -230,7 +230,7 @@ class Shelf:
         near = names
         if len(names) > NAMED:
             at = max(0, bisect(names, name) - COMPARED // 2)
-            near = get_close_matches(name[:64], names[at : at + COMPARED], NAMED)
+            near = get_close_matches(name[:64], names[at : at + COMPARED], CLOSE)
         known = [one for one in near if self._is_own(one, kind)]
         if len(names) <= NAMED:
             return ", ".join(known) or "none"
